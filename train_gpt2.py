@@ -1,0 +1,1200 @@
+"""
+Reproduce GPT-2 (124M) in one file: the model, the data, the training loop.
+
+    python train_gpt2.py                                      # one process, on a GPU or on the CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py    # the reproduction, on the eight GPUs of one machine
+    python train_gpt2.py --help                               # every setting
+
+The file is made to be read from top to bottom. Nothing in it needs something that comes later:
+
+     1. The model                        7. The settings
+     2. OpenAI's weights, in and out     8. The hardware: device, precision, processes
+     3. Sampling                         9. Checkpoints
+     4. The optimizer                   10. The log
+     5. The data                        11. Evaluation
+     6. The learning rate               12. The training loop
+
+Two papers say nearly all of what is to be reproduced. GPT-2 (Radford et al. 2019) has the model and GPT-3 (Brown et
+al. 2020) the training settings, which the first one leaves out. Shapes in comments: B sequences in a batch, T tokens
+in a sequence, C = n_embd numbers for a token.
+"""
+
+import argparse
+import bisect
+import ctypes
+import difflib
+import json
+import math
+import os
+import pickle
+import re
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from fineweb import UserError, gpt2_encoding
+
+HERE = Path(__file__).resolve().parent
+GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
+MODELS = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M parameters
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
+}
+
+
+def replace_file(path, write):
+    """Let write(temporary_path) make a file, then rename it to path: whoever looks sees the old file or the new one,
+    never half of one, even if the power fails in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk, not just in the system's memory, before the name points to it
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The model
+#
+# A stack of identical blocks. In each, attention lets every token gather from the tokens before it, then an MLP lets
+# every token think over what it gathered. The names of the parts (wte, c_attn, ...) are OpenAI's, and so those of every
+# published copy of the weights.
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = GPT2_VOCAB_SIZE
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which no token sees a later one: (B, T, C) -> (B, T, C). Vaswani et al. 2017, 3.2."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head != 0:
+            raise UserError(f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads: change either")
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads, in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+
+    def forward(self, x):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        # Heads move beside the batch: as far as the products below know, they are B * n_head separate sequences.
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        # softmax(q k^T / sqrt(head_size)) v, with later tokens masked out. Written like that, the T x T matrix of each
+        # head travels to GPU memory and back four times. This one call is FlashAttention (Dao et al. 2022), which works
+        # through the matrix in tiles that never leave the chip: more arithmetic, far less traffic.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, head_size)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, for each token by itself: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        # GPT-2 was trained with the tanh approximation of GELU, so its weights want exactly that one.
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream: (B, T, C) -> (B, T, C).
+
+    The norms stand inside the branches (pre-norm, GPT-2 section 2.3). The residual stream itself runs from the
+    embedding to the head with nothing but additions on it, so gradients reach every block undiminished.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """GPT-2. `model(idx)[0]` is the logits; `model(idx, targets)[1]` is the loss."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embedding
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embedding, learned
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # One matrix embeds a token and scores it as the next one (Press & Wolf 2017): tokens that mean the same should
+        # be near each other in both places, and it saves 38.6M parameters, nearly a third of this model.
+        self.transformer.wte.weight = self.lm_head.weight
+
+        self.apply(self._init_weights)
+        # Every block adds two branches to the residual stream. The sum of 2 * n_layer independent terms has a standard
+        # deviation sqrt(2 * n_layer) times that of one, so the last layer of each branch starts that much smaller
+        # (GPT-2 section 2.3).
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        # 0.02 is what OpenAI's code has; 1/sqrt(n_embd), the usual choice, is 0.036 at this size and 0.025 at 1600.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, idx):
+        """The blocks' output for each token, before the head: (B, T) int64 -> (B, T, C)."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Predict the token that follows each token.
+
+        idx: (B, T) int64, T <= block_size. targets: the same shape, idx moved on by one token; -1 counts for nothing.
+        Returns (logits, None) without targets, logits (B, T, vocab_size); and (None, loss) with them, the loss being
+        the mean cross entropy in nats. The logits are the largest tensor by far (6.6 GB in bf16 for 64 x 1024 tokens),
+        so training does not hand them out: nobody would keep them.
+        """
+        logits = self.lm_head(self.hidden(idx))  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # 2. OpenAI's weights, in and out
+    #
+    # Reading them is the test of the model above: one wrong detail, and the text that comes out is noise.
+
+    # OpenAI's code keeps these matrices as (in, out), nn.Linear as (out, in). Published files have OpenAI's layout.
+    TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """Read GPT-2 weights: one of OpenAI's four by name, from the hub, or a folder that transformers saved.
+
+        The folder holds config.json and *.safetensors, with or without `transformer.` before the tensors' names.
+        Raises UserError where the weights cannot be had, or are not those of a GPT-2 that this class computes.
+        """
+        folder = Path(name_or_folder)
+        if name_or_folder in MODELS:
+            from huggingface_hub import snapshot_download
+
+            print(f"weights: {name_or_folder} from the Hugging Face hub, kept in its cache for the next time")
+            try:
+                files = ["config.json", "model.safetensors"]
+                folder = Path(snapshot_download(f"openai-community/{name_or_folder}", allow_patterns=files))
+            except (OSError, ValueError) as error:  # the hub's own errors are both
+                reason = type(error).__name__
+                raise UserError(
+                    f"{name_or_folder} could not be fetched ({reason}): name a folder that has it"
+                ) from error
+        try:
+            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd"):
+                if type(saved[key]) is not int or saved[key] < 1:
+                    raise ValueError(f"config.json has {key} {saved[key]}")
+            tensors = {}
+            for file in sorted(folder.glob("*.safetensors")):  # large models come in several files
+                tensors.update(load_file(file))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder} is not a folder of GPT-2 weights: {error!r}") from error
+        if not tensors:
+            raise UserError(f"{folder} has no .safetensors file (pickled .bin weights are never read): save it as such")
+
+        expected = {
+            "model_type": ["gpt2"],
+            "activation_function": ["gelu_new"],  # the tanh approximation
+            "layer_norm_epsilon": [1e-5],
+            "n_inner": [None, 4 * saved["n_embd"]],
+            "scale_attn_weights": [True],
+            "scale_attn_by_inverse_layer_idx": [False],
+            "tie_word_embeddings": [True],
+        }
+        for key, accepted in expected.items():
+            if saved.get(key, accepted[0]) not in accepted:
+                raise UserError(f"{folder}/config.json has {key} {saved[key]}: this GPT-2 computes {accepted[0]} only")
+        model = cls(
+            GPTConfig(
+                block_size=saved["n_positions"],
+                vocab_size=saved["vocab_size"],
+                n_layer=saved["n_layer"],
+                n_head=saved["n_head"],
+                n_embd=saved["n_embd"],
+            )
+        )
+        for name, parameter in model.named_parameters():  # the tied head comes once, as wte
+            short_name = name.removeprefix("transformer.")
+            tensor = tensors.get(name, tensors.get(short_name))
+            if tensor is None:
+                raise UserError(f"{folder}: the tensor {short_name} is missing")
+            if name.endswith(cls.TRANSPOSED):
+                tensor = tensor.t()
+            if tensor.shape != parameter.shape:
+                shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"
+                raise UserError(f"{folder}: the tensor {short_name} has the shape {shapes} (out, in)")
+            with torch.no_grad():
+                parameter.copy_(tensor)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them, in float32.
+
+        The rows that only pad the vocabulary stay behind: 50,257 are written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        vocab_size = min(self.config.vocab_size, GPT2_VOCAB_SIZE)
+        tensors = {}
+        for name, parameter in self.named_parameters():
+            tensor = parameter.detach().float().cpu()
+            if name == "transformer.wte.weight":
+                tensor = tensor[:vocab_size]
+            tensors[name] = (tensor.t() if name.endswith(self.TRANSPOSED) else tensor).contiguous()
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "n_positions": self.config.block_size,
+            "n_ctx": self.config.block_size,
+            "vocab_size": vocab_size,
+            "n_layer": self.config.n_layer,
+            "n_head": self.config.n_head,
+            "n_embd": self.config.n_embd,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "bos_token_id": GPT2_VOCAB_SIZE - 1,
+            "eos_token_id": GPT2_VOCAB_SIZE - 1,
+        }
+        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        text = json.dumps(config, indent=2) + "\n"
+        replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # 3. Sampling
+    #
+    # Predict the next token, draw it, append it, and again. Nothing more is needed to write text.
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+        """Continue each row of idx: (B, T) int64 -> (B, T + max_new_tokens).
+
+        temperature: below 1 sharpens the distribution, above 1 flattens it, 0 always takes the likeliest token.
+        top_k: draw among this many likeliest tokens, all of them with None or 0 (Fan et al. 2018, section 5.4).
+        generator: a torch.Generator on idx's device, to draw the same tokens again and to leave the global one alone.
+        """
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
+        for _ in range(max_new_tokens):
+            context = idx[:, -self.config.block_size :]
+            x = self.hidden(context)[:, -1]  # (B, C): only the last token's successor is in question
+            logits = self.lm_head(x).float()  # (B, vocab_size)
+            # Ids that only pad the vocabulary stand for no text: the tokenizer could not decode one.
+            logits[:, GPT2_VOCAB_SIZE:] = -math.inf
+            logits, ids = torch.topk(logits, min(top_k or logits.size(1), logits.size(1)))  # both (B, k)
+            probs = F.softmax(logits / temperature, dim=1)
+            choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, ids.gather(1, choice)), dim=1)
+        return idx
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # 4. The optimizer
+
+    def configure_optimizers(self, weight_decay, learning_rate, device_type):
+        """AdamW with betas 0.9 and 0.95 and eps 1e-8 (GPT-3, appendix B), on two groups of parameters.
+
+        Weight decay pulls on the matrices and the embeddings only: there it makes many weights share the work. A bias
+        or a norm's gain, one-dimensional, has nothing to share.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        decay = [p for p in parameters if p.dim() >= 2]
+        no_decay = [p for p in parameters if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        # Fused: the whole update in one kernel that reads and writes each number once, instead of a dozen kernels for
+        # each of 148 tensors.
+        fused = device_type in ("cuda", "cpu", "mps")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. The data
+#
+# Training data is one long row of token ids, cut into files of 100M tokens (shards). fineweb.py makes them.
+
+SHARD_NAME = r".*_{split}(_\d+)?\.(npy|bin)"  # edufineweb_train_000001.npy; llm.c: tiny_shakespeare_val.bin
+
+
+def open_shard(path):
+    """Check a shard's header and size: (path, bytes before the first token, number of tokens).
+
+    .npy: one-dimensional uint16. .bin (llm.c): 256 little-endian int32, the first three being 20240520, the version 1
+    and the number of tokens; then the tokens as uint16.
+    """
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            if tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
+                raise ValueError(f"it holds {tokens.dtype} {tokens.shape}, not one row of uint16")
+            offset, num_tokens = tokens.offset, len(tokens)
+        else:
+            header = np.fromfile(path, dtype="<i4", count=256)
+            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+                raise ValueError("it has no llm.c header of version 1")
+            offset, num_tokens = header.nbytes, int(header[2])
+            if path.stat().st_size != offset + 2 * num_tokens:
+                raise ValueError(f"its header promises {num_tokens} tokens, its size is {path.stat().st_size} bytes")
+        if num_tokens == 0:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the shard {path} cannot be used: {error}") from error
+    return path, offset, num_tokens
+
+
+def read_shard(shard, start, count):
+    """Tokens start to start + count of a shard, fewer at its end: uint16."""
+    path, offset, num_tokens = shard
+    count = min(count, num_tokens - start)
+    try:
+        tokens = np.fromfile(path, dtype="<u2", count=count, offset=offset + 2 * start)
+    except OSError as error:
+        raise UserError(f"the shard {path} cannot be read: {error}") from error
+    if len(tokens) < count:
+        raise UserError(f"the shard {path} has become shorter since the start: put the whole file back, then --resume")
+    if tokens.max() >= GPT2_VOCAB_SIZE:
+        bad = start + int(tokens.argmax())
+        raise UserError(f"the shard {path} holds {tokens.max()} at token {bad}, GPT-2's largest id is 50256: remake it")
+    return tokens
+
+
+class DataLoaderLite:
+    """Batches of a split ("train" or "val"), out of a folder of shards or a text file (last tenth: "val").
+
+    All the shards, end to end and over again, are one endless stream. Micro-step k of process r takes the B * T tokens
+    that begin at (k * num_processes + r) * B * T, and one more for the last target. So no token is dropped where a
+    shard ends, no process runs ahead, and where a run stands follows from the number of its updates alone: it can be
+    interrupted and go on with other GPUs and another micro-batch without reading anything twice or never.
+    """
+
+    def __init__(self, B, T, process_rank, num_processes, split, data_root):
+        self.B, self.T = B, T
+        self.process_rank, self.num_processes = process_rank, num_processes
+        self.micro_step = 0
+        data_root = Path(data_root)
+        if data_root.is_file():
+            try:
+                text = data_root.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{data_root} is not a UTF-8 text file: {error}") from error
+            tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+            first_val = len(tokens) * 9 // 10
+            self.text = tokens[:first_val] if split == "train" else tokens[first_val:]
+            lengths = [len(self.text)]
+        else:
+            self.text = None
+            try:
+                paths = sorted(path for path in data_root.iterdir())
+            except OSError as error:
+                raise UserError(f"--data={data_root} is neither a folder of shards nor a text file") from error
+            pattern = re.compile(SHARD_NAME.format(split=split))
+            self.shards = [open_shard(path) for path in paths if pattern.fullmatch(path.name)]
+            if not self.shards:
+                raise UserError(f"{data_root} has no {split} shard (NAME_{split}_000000.npy or .bin): make it anew")
+            lengths = [num_tokens for _, _, num_tokens in self.shards]
+        self.ends = np.cumsum(lengths).tolist()  # where in the stream each shard ends
+        self.num_tokens = self.ends[-1]
+        if self.num_tokens < 2:
+            raise UserError(f"{data_root} has {self.num_tokens} {split} tokens: more text is needed")
+
+    def read(self, position, count):
+        """count tokens of the endless stream from position on: (count,) int64."""
+        pieces = []
+        while count > 0:
+            position %= self.num_tokens
+            i = bisect.bisect_right(self.ends, position)  # the shard that holds this position
+            start = position - (self.ends[i - 1] if i > 0 else 0)
+            if self.text is not None:
+                piece = self.text[start : start + count]
+            else:
+                piece = read_shard(self.shards[i], start, count)
+            pieces.append(piece)
+            position += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces).astype(np.int64)
+
+    def set_position(self, micro_step):
+        """Go to a micro-step, counted from the first of the run: update * grad_accum_steps."""
+        self.micro_step = micro_step
+
+    def next_batch(self):
+        """Inputs x and targets y, both (B, T) int64: y[b, t] is the token that follows x[b, t] in the data."""
+        B, T = self.B, self.T
+        position = (self.micro_step * self.num_processes + self.process_rank) * B * T
+        tokens = torch.from_numpy(self.read(position, B * T + 1))
+        self.micro_step += 1
+        return tokens[:-1].view(B, T), tokens[1:].view(B, T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. The learning rate
+#
+# Adam's averages know nothing in the first updates, so the rate starts small and warms up. Later, when what is left to
+# learn is fine, it falls along half a cosine to a tenth.
+
+
+def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
+    """The learning rate of an update, counted from 0 (GPT-3, appendix B)."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    if step >= max_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 to 1
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+def gpt3_max_lr(num_params):
+    """GPT-3's peak learning rate for a model of this size (table 2.1): the larger the model, the smaller the steps."""
+    for limit, max_lr in ((240e6, 6e-4), (550e6, 3e-4), (1000e6, 2.5e-4)):  # 125M, 350M, 760M and their neighbours
+        if num_params < limit:
+            return max_lr
+    return 2e-4  # 1.3B
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. The settings
+#
+# Each is a field here and a flag of the same name on the command line; the defaults are the reproduction.
+
+
+def setting(default, group, help):
+    return field(default=default, metadata={"group": group, "help": help})
+
+
+@dataclass
+class Settings:
+    data: str = setting("edu_fineweb10B", "data", "folder of token shards, or a text file (its last tenth validates)")
+    log_dir: str = setting("log", "data", "folder for log.txt and the checkpoints")
+    init_from: str = setting("scratch", "data", "scratch, gpt2 to gpt2-xl, a folder of weights, or a checkpoint")
+    resume: bool = setting(False, "data", "go on from the newest checkpoint in log_dir, with its settings")
+    model: str = setting("gpt2", "model", "shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    n_layer: int | None = setting(None, "model", "blocks, instead of the shape's")
+    n_head: int | None = setting(None, "model", "attention heads, instead of the shape's")
+    n_embd: int | None = setting(None, "model", "width, instead of the shape's")
+    block_size: int = setting(1024, "model", "context and sequence length T, tokens")
+    # 50,257 is odd. Rounded up to a multiple of 128, the head's matrix fills the GPU's tiles: 4 % faster (lecture,
+    # A100). The network learns that the 47 ids that are never a target are never right.
+    vocab_size: int = setting(50304, "model", "rows of the token embedding: GPT-2's 50257 tokens and padding")
+    total_batch_size: int = setting(524288, "optimisation", "tokens in an update, on all processes together")
+    micro_batch_size: int = setting(64, "optimisation", "sequences a process computes at once; fewer if not divisible")
+    max_steps: int = setting(19073, "optimisation", "updates; 0 only evaluates and samples")
+    warmup_steps: int = setting(715, "optimisation", "updates in which the learning rate rises")
+    max_lr: float | None = setting(None, "optimisation", "peak learning rate [GPT-3's for the size: 6e-4 for gpt2]")
+    min_lr: float | None = setting(None, "optimisation", "last learning rate [a tenth of max_lr]")
+    weight_decay: float = setting(0.1, "optimisation", "weight decay of matrices and embeddings")
+    grad_clip: float = setting(1.0, "optimisation", "largest gradient norm; 0 does not clip")
+    seed: int = setting(1337, "optimisation", "seed of the initial weights and of the samples")
+    eval_interval: int = setting(250, "evaluation", "updates between evaluations; 0 never evaluates")
+    val_tokens: int = setting(10485760, "evaluation", "validation tokens in an evaluation")
+    checkpoint_interval: int = setting(5000, "evaluation", "updates between checkpoints; 0 saves at the end only")
+    keep_checkpoints: int = setting(0, "evaluation", "newest checkpoints to keep; 0 keeps all")
+    prompt: str = setting("Hello, I'm a language model,", "evaluation", "text that the samples continue")
+    num_samples: int = setting(4, "evaluation", "samples printed at each evaluation")
+    max_new_tokens: int = setting(32, "evaluation", "tokens in a sample after the prompt")
+    temperature: float = setting(1.0, "evaluation", "of sampling; 0 always takes the likeliest token")
+    top_k: int = setting(50, "evaluation", "draw among this many likeliest tokens; 0 among all")
+    device: str = setting("auto", "system", "auto, cuda, mps or cpu")
+    dtype: str = setting("auto", "system", "of the forward pass: auto, bfloat16, float16 or float32")
+    compile: str = setting("auto", "system", "torch.compile: auto (on CUDA), True or False")
+
+
+# What a text file of about a megabyte wants instead, small enough for two CPU cores.
+TEXT_FILE_SETTINGS = {
+    "block_size": 128,
+    "total_batch_size": 1024,
+    "micro_batch_size": 8,
+    "max_steps": 60,
+    "warmup_steps": 10,
+    "eval_interval": 20,
+    "val_tokens": 2048,
+    "prompt": "ROMEO:\n",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def parse_bool(text):
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError("True or False is meant")
+    return text == "True"
+
+
+def parse_flags(argv):
+    """The settings that the command line gives, and no others: {name: value}. Exits with status 2 on a wrong flag."""
+    parser = OneLineParser(
+        prog="train_gpt2.py",
+        usage="python train_gpt2.py [--name=value ...]   or   torchrun ... train_gpt2.py [--name=value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {}
+    convert = {bool: parse_bool, int: int, int | None: int, float: float, float | None: float, str: str}
+    for f in fields(Settings):
+        name = f.metadata["group"]
+        groups[name] = groups.get(name) or parser.add_argument_group(name)
+        options = {"type": convert[f.type], "metavar": f.name.upper()}
+        if f.type is bool or f.name == "compile":  # --resume reads as --resume=True
+            options |= {"nargs": "?", "const": convert[f.type]("True")}
+        default = "" if f.default is None else f" [{f.default}]"
+        groups[name].add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%") + default, **options)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Settings)], n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f", is {close[0]} meant?" if close else ""))
+    return vars(given)
+
+
+def make_settings(given, saved=None):
+    """Given flags over what the resumed checkpoint was trained with, else over what suits the data."""
+    settings = Settings(**(saved or {}))
+    if saved is None:
+        settings.data, settings.log_dir = str(HERE / settings.data), str(HERE / settings.log_dir)
+        if "data" in given:
+            settings.data = given["data"]
+        elif not os.path.exists(settings.data):
+            settings.data = str(HERE / "input.txt")
+        if os.path.isfile(settings.data):
+            settings = Settings(**{**asdict(settings), **TEXT_FILE_SETTINGS})
+    settings = Settings(**{**asdict(settings), **given})
+
+    at_least_1 = ["n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "micro_batch_size", "val_tokens"]
+    for f in fields(Settings):
+        value = getattr(settings, f.name)
+        least = 1 if f.name in at_least_1 else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise UserError(f"--{f.name}={value} cannot be: it must be at least {least}, and finite")
+    choices = {"model": list(MODELS), "dtype": ["auto", "bfloat16", "float16", "float32"]}
+    choices["compile"] = ["auto", "True", "False"]
+    for name, names in choices.items():
+        if getattr(settings, name) not in names:
+            raise UserError(f"--{name}={getattr(settings, name)} is unknown: choose among {', '.join(names)}")
+    if settings.vocab_size < GPT2_VOCAB_SIZE:
+        raise UserError(f"--vocab_size={settings.vocab_size} is too small: GPT-2's tokens are {GPT2_VOCAB_SIZE}")
+    return settings
+
+
+def fit_micro_batch(settings, world_size, exact):
+    """The micro-batch: settings.micro_batch_size, or where `exact` is False the largest below it that divides.
+
+    An update's sequences must divide evenly into processes, and a process's share into micro-batches.
+    Raises UserError with the nearest sizes that work.
+    """
+    tokens_each, total = settings.block_size * world_size, settings.total_batch_size
+    if total % tokens_each != 0:
+        works = [n for n in (total // tokens_each * tokens_each, (total // tokens_each + 1) * tokens_each) if n > 0]
+        raise UserError(
+            f"--total_batch_size={total} is not a multiple of block_size x processes = {settings.block_size} x "
+            f"{world_size}: the nearest that work are {' and '.join(str(n) for n in works)}"
+        )
+    rows, size = total // tokens_each, settings.micro_batch_size
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    below, above = [n for n in divisors if n <= size], [n for n in divisors if n > size]
+    if exact and below[-1] != size:
+        works = below[-1:] + above[:1]
+        raise UserError(
+            f"--micro_batch_size={size} does not divide the {rows} sequences of a process: "
+            f"the nearest that work are {' and '.join(str(n) for n in works)}"
+        )
+    return below[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. The hardware: device, precision, processes
+#
+# torchrun starts one process for each GPU and tells it through environment variables which one it is. All hold the same
+# weights, each computes the gradient of its own share of the batch, DDP averages the gradients, and all make the same
+# update.
+
+
+def pick_device(name, local_rank, world_size):
+    """The device of this process. Raises UserError where there is none of that kind, or too few."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available() and world_size == 1  # gloo, the CPU's DDP, cannot talk to MPS
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device={name} is unknown: choose cuda, mps or cpu") from error
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device={name} is not supported: choose cuda, mps or cpu")
+    if device.type == "mps" and (world_size > 1 or not torch.backends.mps.is_available()):
+        raise UserError("--device=mps needs an Apple GPU and a single process: leave torchrun out, or use --device=cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device=cuda finds no GPU: install a CUDA build of torch, or use --device=cpu")
+        if world_size > 1 or device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {device.index} has no GPU, this machine has {torch.cuda.device_count()}: "
+                f"--nproc_per_node={torch.cuda.device_count()}"
+            )
+    return device
+
+
+def pick_dtype(name, device):
+    """The number format of the forward pass.
+
+    float32 has 8 bits of exponent and 23 of fraction; bfloat16 keeps the exponent and cuts the fraction to 7, so it
+    needs half the memory and covers the same range. float16 has 5 and 10: what falls below its range becomes zero,
+    which is why gradients then need a scaler. float32 otherwise: slow formats are no gain.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported() also counts GPUs that only emulate it
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    cpu_features = (
+        torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    )
+    if any(present for feature, present in cpu_features.items() if "bf16" in feature):  # avx512_bf16, amx_bf16
+        return torch.bfloat16
+    return torch.float32
+
+
+def peak_flops(device):
+    """What the device's matrix units can do in dense bf16, in FLOP/s, or None where that is not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    data_centre = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+    desktop = {"RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}  # not their Ti, D and laptop relatives
+    for key, flops in data_centre.items():
+        if key in name:
+            return flops
+    for key, flops in desktop.items():
+        if name.endswith(key):
+            return flops
+    return None
+
+
+def peak_memory(device):
+    """The most memory this process has held, in bytes: the GPU's on CUDA, else its own; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # Linux and macOS only
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory():
+    """On the CPU, let the C library keep the memory of freed tensors for the next ones.
+
+    By default it goes back to the system, which hands it out again filled with zeros, page by page: without that, an
+    update of 124M parameters and 1,024 tokens took 2.9 instead of 4.4 seconds on two cores. (glibc, mallopt(3).)
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the system
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def compiler_works(device):
+    """Whether torch.compile can build and run a kernel here; if not, one line says why."""
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda x: (x * 2.0).sum())(x).backward()
+        return True
+    except (RuntimeError, ImportError, OSError) as error:  # no compiler, Triton, header or driver
+        print(
+            f"warning: torch.compile does not work here ({type(error).__name__}), running eager: slower, same results"
+        )
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Checkpoints
+#
+# All that the next update depends on. Tensors and plain types only, so that opening one cannot run code.
+
+CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")  # model_05000.pt: after 5000 updates
+
+
+def list_checkpoints(log_dir):
+    """The checkpoints in a folder, oldest first."""
+    paths = [path for path in Path(log_dir).glob("model_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]))
+
+
+def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
+    """Write log_dir/model_NNNNN.pt, NNNNN being the updates done; then remove what keep_checkpoints no longer keeps."""
+    checkpoint = {
+        "model": model.state_dict(),
+        "config": asdict(model.config),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "step": step,
+        "settings": asdict(settings),
+        "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+    }
+    path = Path(log_dir) / f"model_{step:05d}.pt"
+    try:
+        replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}): make room, then --resume") from error
+    if settings.keep_checkpoints:
+        for old in list_checkpoints(log_dir)[: -settings.keep_checkpoints]:
+            old.unlink()
+    print(f"checkpoint: {path}")
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU. Raises UserError where it is damaged or not one of ours."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        kinds = {"model": dict, "config": dict, "optimizer": dict, "scaler": dict, "step": int, "settings": dict}
+        for key, kind in kinds.items():
+            if not isinstance(checkpoint[key], kind):
+                raise TypeError(f"no {key}")
+        GPTConfig(**checkpoint["config"]), Settings(**checkpoint["settings"])
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no checkpoint: it holds Python objects, which are refused, or is damaged"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or no checkpoint of this script ({type(error).__name__})") from error
+    return checkpoint
+
+
+def newest_checkpoint(log_dir, warn):
+    """The newest checkpoint that can be read, or None where there is none at all. Damaged ones are named and passed
+    over; UserError where every one of them is."""
+    paths = list_checkpoints(log_dir)
+    for path in reversed(paths):
+        try:
+            checkpoint = load_checkpoint(path)
+            warn(f"resume: {path}")
+            return checkpoint
+        except UserError as error:
+            warn(f"warning: {error}: trying the one before")
+    if paths:
+        raise UserError(f"no checkpoint in {log_dir} can be read: to start anew, leave --resume out")
+    return None
+
+
+def restore(checkpoint, optimizer, scaler, settings):
+    """Put back what the checkpoint holds beside the weights."""
+    if checkpoint["settings"]["total_batch_size"] != settings.total_batch_size:
+        raise UserError("--total_batch_size cannot change within a run: the place in the data follows from it")
+    if checkpoint["step"] > settings.max_steps:
+        raise UserError(
+            f"the checkpoint has {checkpoint['step']} updates: --max_steps={settings.max_steps} is behind it"
+        )
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
+
+
+def build_model(settings, given, checkpoint):
+    """The GPT that --init_from or the resumed checkpoint asks for, on the CPU.
+
+    Raises UserError where flags ask for another shape than the weights have.
+    """
+    shape_flags = {name: given[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name in given}
+    if "model" in given:
+        shape_flags = MODELS[given["model"]] | shape_flags
+    if checkpoint is None and settings.init_from == "scratch":
+        shape = MODELS[settings.model] | {"vocab_size": settings.vocab_size, "block_size": settings.block_size}
+        own = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}
+        return GPT(GPTConfig(**(shape | {name: value for name, value in own.items() if value is not None})))
+
+    source = "the checkpoint" if checkpoint else settings.init_from
+    if checkpoint is None and os.path.isfile(settings.init_from):
+        checkpoint = load_checkpoint(settings.init_from)
+    if checkpoint is not None:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise UserError(f"{source}'s weights do not have the shape that it says: use another one") from error
+    elif settings.init_from in MODELS or os.path.isdir(settings.init_from):
+        model = GPT.from_pretrained(settings.init_from)
+    else:
+        raise UserError(
+            f"--init_from={settings.init_from} is no folder or file, nor one of scratch, {', '.join(MODELS)}"
+        )
+    for name, value in shape_flags.items():
+        if value != getattr(model.config, name):
+            raise UserError(f"{source} has {name} {getattr(model.config, name)}, not {value}: leave that flag out")
+    if settings.block_size > model.config.block_size:
+        if "block_size" in given:
+            raise UserError(f"{source} has block_size {model.config.block_size}: --block_size can only be smaller")
+        settings.block_size = model.config.block_size
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. The log
+#
+# log/log.txt, one line a value: "250 val 6.1604". The number is that of the updates done when it was measured.
+
+
+def write_log(log_dir, line):
+    with open(Path(log_dir) / "log.txt", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def trim_log(log_dir, step):
+    """Keep what was logged before `step`: the resumed run writes the rest again, so no line is doubled or missing."""
+    path = Path(log_dir) / "log.txt"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [
+            line for line in lines if line.endswith("\n") and line.split()[0].isdigit() and int(line.split()[0]) < step
+        ]
+        replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+
+def prepare_log_dir(settings, start_step):
+    """Make log_dir ready for a new run, or for one that goes on after start_step updates."""
+    log_dir = Path(settings.log_dir)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if start_step > 0:
+            trim_log(log_dir, start_step)
+        else:
+            set_aside_earlier_run(log_dir)
+    except OSError as error:
+        raise UserError(f"--log_dir={log_dir} cannot be written: {error}") from error
+
+
+def set_aside_earlier_run(log_dir):
+    """Move the log and the checkpoints of a run that was here before to log_dir/earlier_N: nothing is overwritten."""
+    files = list_checkpoints(log_dir) + [path for path in [Path(log_dir) / "log.txt"] if path.exists()]
+    if files:
+        n = 1 + sum(1 for _ in Path(log_dir).glob("earlier_*"))
+        folder = Path(log_dir) / f"earlier_{n}"
+        folder.mkdir()
+        for path in files:
+            path.rename(folder / path.name)
+        print(f"an earlier run was in {log_dir}: moved to {folder} (delete it when you no longer need it)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Evaluation
+#
+# Always on the plain module, never on the compiled one, which would be compiled anew for every new shape. There is no
+# dropout, and sampling draws from a generator of its own, so training goes on bit for bit as if nothing had happened.
+
+
+@torch.no_grad()
+def evaluate(model, loader, val_tokens, device, autocast):
+    """The mean loss over the first val_tokens tokens of the validation stream (over all, where there are fewer).
+
+    Processes take turns at the batches. Every token counts once, so the result depends neither on the micro-batch nor
+    on the number of processes (but for rounding).
+    """
+    val_tokens = min(val_tokens, loader.num_tokens - 1)  # the last token has no successor
+    batch_tokens = loader.B * loader.T
+    val_loss = torch.zeros((), device=device)
+    loader.set_position(0)
+    for start in range(0, val_tokens, batch_tokens * loader.num_processes):
+        x, y = loader.next_batch()
+        count = min(val_tokens - (start + loader.process_rank * batch_tokens), batch_tokens)
+        if count <= 0:
+            break  # the last round of batches is not a full one
+        y.view(-1)[count:] = -1  # past the end: counts for nothing
+        with autocast:
+            _, loss = model(x.to(device), y.to(device))
+        val_loss += loss.float() * (count / val_tokens)
+    if loader.num_processes > 1:
+        dist.all_reduce(val_loss, op=dist.ReduceOp.SUM)
+    return val_loss.item()
+
+
+def print_samples(model, encoding, settings, device, autocast):
+    """Print num_samples continuations of the prompt, the same ones for the same weights and seed."""
+    tokens = encoding.encode_ordinary(settings.prompt) or [encoding.eot_token]
+    idx = torch.tensor([tokens] * settings.num_samples, device=device)  # (num_samples, T)
+    generator = torch.Generator(device=device).manual_seed(settings.seed)
+    with autocast:
+        idx = model.generate(idx, settings.max_new_tokens, settings.temperature, settings.top_k, generator)
+    for i, row in enumerate(idx.tolist()):
+        print(f"sample {i}: {encoding.decode(row)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. The training loop
+
+
+def train(settings, given, checkpoint):
+    """Train, or only evaluate with max_steps 0. given: the flags, checkpoint: the one to resume from, or None."""
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ddp = world_size > 1
+    is_master = rank == 0  # prints, logs and saves
+
+    def print0(text):
+        if is_master:
+            print(text, flush=True)
+
+    # The hardware.
+    device = pick_device(settings.device, local_rank, world_size)
+    dtype = pick_dtype(settings.dtype, device)
+    torch.manual_seed(settings.seed)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # TF32: float32 matrix products round their factors to 10 bits of fraction and still add up in float32. Three
+        # times as fast (lecture, A100, 16 x 1024 tokens: 1000 to 333 ms).
+        torch.set_float32_matmul_precision("high")
+    if ddp:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # The precision. Autocast picks it operation by operation in the forward pass and the loss: matrix products in bf16,
+    # half the bits to move and twice the arithmetic (lecture: 333 to 300 ms); softmax, norms and the loss, where
+    # rounding would add up, in float32. The weights and the optimizer's state stay in float32.
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    # In float16, small gradients would be zero. The scaler multiplies the loss by a large factor and divides the
+    # gradients by it, and skips the update where one overflowed. With the other formats it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # The model. The first process of a machine may have to download it; the others then find it in the cache.
+    if ddp and local_rank != 0:
+        dist.barrier()
+    raw_model = build_model(settings, given, checkpoint).to(device)
+    if ddp and local_rank == 0:
+        dist.barrier()
+    model = raw_model
+    compiled = settings.compile == "True" or (settings.compile == "auto" and device.type == "cuda")
+    compiled = compiled and compiler_works(device)
+    if compiled:
+        # The compiler sees the whole network and fuses neighbouring operations into one kernel, which saves their trips
+        # to memory (lecture: 300 to 130 ms; FlashAttention then 96, vocabulary 50304 93, fused AdamW 90).
+        model = torch.compile(raw_model)
+    if ddp:
+        model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    # The batch. GPT-3's half a million tokens fit on no GPU at once, but a gradient is a sum and can be made in parts:
+    # micro-batch after micro-batch, the gradients adding up, then one update.
+    settings.micro_batch_size = fit_micro_batch(settings, world_size, exact="micro_batch_size" in given)
+    B, T = settings.micro_batch_size, settings.block_size
+    grad_accum_steps = settings.total_batch_size // (B * T * world_size)
+    train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data)
+    val_loader = DataLoaderLite(B, T, rank, world_size, "val", settings.data) if settings.eval_interval else None
+    encoding = gpt2_encoding()
+
+    # The optimizer.
+    num_params = sum(p.numel() for p in raw_model.parameters())
+    max_lr = gpt3_max_lr(num_params) if settings.max_lr is None else settings.max_lr
+    min_lr = 0.1 * max_lr if settings.min_lr is None else settings.min_lr
+    optimizer = raw_model.configure_optimizers(settings.weight_decay, max_lr, device.type)
+
+    # Where the run stands.
+    start_step = 0
+    if checkpoint is not None:
+        restore(checkpoint, optimizer, scaler, settings)
+        start_step = checkpoint["step"]
+    if ddp:
+        steps = torch.tensor([start_step, -start_step], device=device)
+        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise UserError(
+                "the processes found different checkpoints: --log_dir must be one folder that all machines see"
+            )
+    train_loader.set_position(start_step * grad_accum_steps)
+    logs = is_master and settings.max_steps > 0
+    if logs:
+        prepare_log_dir(settings, start_step)
+
+    # What is about to happen.
+    params = f"{num_params:,} parameters"
+    shape = f"{raw_model.config.n_layer} layers, {raw_model.config.n_head} heads, {raw_model.config.n_embd} wide"
+    print0(
+        f"model: {params} ({shape}), {'compiled' if compiled else 'eager'}, {str(dtype)[6:]} on {world_size} x {device.type}"
+    )
+    epochs = settings.max_steps * settings.total_batch_size / train_loader.num_tokens
+    print0(f"data: {settings.data}, {train_loader.num_tokens:,} training tokens, read {epochs:.2f} times in this run")
+    print0(
+        f"update: {settings.total_batch_size:,} tokens = {B} x {T} x {grad_accum_steps} micro-steps x {world_size} processes"
+    )
+    print0(f"results: {settings.log_dir}")
+
+    # FLOPs for a token, forward and backward: 6 for each weight but the positions (a multiplication and an addition, once
+    # forward, twice backward) and attention's two T x T products (PaLM, Chowdhery et al. 2022, appendix B).
+    config = raw_model.config
+    flops_per_token = 6 * (num_params - config.block_size * config.n_embd) + 12 * config.n_layer * config.n_embd * T
+    peak = peak_flops(device)
+
+    step_seconds, train_loss, val_loss = [], math.nan, math.nan
+    for step in range(start_step, settings.max_steps + 1):
+        last_step = step == settings.max_steps
+
+        # Evaluate.
+        if settings.eval_interval and (step % settings.eval_interval == 0 or last_step):
+            val_loss = evaluate(raw_model, val_loader, settings.val_tokens, device, autocast)
+            print0(f"validation loss: {val_loss:.4f}")
+            if logs:
+                write_log(settings.log_dir, f"{step} val {val_loss:.4f}")
+            if is_master:
+                print_samples(raw_model, encoding, settings, device, autocast)
+
+        # Save.
+        due = last_step or (settings.checkpoint_interval and step % settings.checkpoint_interval == 0)
+        if is_master and due and step > start_step:
+            save_checkpoint(settings.log_dir, step, raw_model, optimizer, scaler, settings)
+        if last_step:
+            break
+
+        # Gradient.
+        t0 = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        loss_accum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            x, y = train_loader.next_batch()
+            if device.type == "cuda":  # from pinned memory the copy runs by itself, while the GPU still computes
+                x, y = x.pin_memory(), y.pin_memory()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            # DDP averages over the processes during the last backward pass; before it that would be wasted. It prepares
+            # for this in the forward pass already, so no_sync covers both.
+            last_micro_step = micro_step == grad_accum_steps - 1
+            with model.no_sync() if ddp and not last_micro_step else nullcontext():
+                with autocast:
+                    _, loss = model(x, y)
+                loss = loss / grad_accum_steps  # gradients add up, a mean is wanted
+                scaler.scale(loss).backward()
+            loss_accum += loss.detach()
+        if ddp:
+            dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)  # gloo has no average
+            loss_accum /= world_size
+        # A rare bad batch must not throw the weights far: the gradient of all processes is cut to this length.
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
+
+        # Step. Reading a number is the only time in an update that the CPU waits for the GPU; until here it only queued
+        # work. It comes before the optimizer, so that a loss that is no number never reaches the weights.
+        train_loss, norm = torch.stack((loss_accum, norm)).tolist()
+        if not math.isfinite(train_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
+            saved = [str(path) for path in list_checkpoints(settings.log_dir)] or ["none"]
+            raise UserError(
+                f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update. "
+                f"Last checkpoint: {saved[-1]}. Try a smaller --max_lr, or --dtype=float32"
+            )
+        lr = get_lr(step, settings.max_steps, settings.warmup_steps, max_lr, min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+
+        # Log.
+        now = time.perf_counter()
+        step_seconds.append(now - t0)
+        if len(step_seconds) == 1:  # the first step compiles, and measures nothing
+            first_end, seconds_each = now, now - t0
+        else:
+            seconds_each = (now - first_end) / (len(step_seconds) - 1)
+        tokens_per_second = settings.total_batch_size / (now - t0)
+        mfu = f"mfu {100 * flops_per_token * tokens_per_second / (peak * world_size):.1f}% | " if peak else ""
+        left = timedelta(seconds=round(seconds_each * (settings.max_steps - step - 1)))
+        print0(
+            f"step {step:5d} | loss {train_loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+            f"dt {1000 * (now - t0):.2f}ms | tok/s {tokens_per_second:.0f} | {mfu}left {left}"
+        )
+        if logs:
+            write_log(settings.log_dir, f"{step} train {train_loss:.6f}")
+
+    # Sum up.
+    if step_seconds:
+        median = statistics.median(step_seconds[1:] or step_seconds)
+        memory = peak_memory(device)
+        print0(
+            f"done: {len(step_seconds)} updates | median dt {1000 * median:.2f}ms | "
+            f"tok/s {settings.total_batch_size / median:.0f} | "
+            + (f"peak memory {memory / 1e9:.2f} GB | " if memory else "")
+            + f"train loss {train_loss:.4f} | val loss {val_loss:.4f}"
+        )
+    if ddp:
+        dist.destroy_process_group()
+
+
+def main(argv=None):
+    given = parse_flags(argv)
+    is_master = os.environ.get("RANK", "0") == "0"
+    checkpoint = None
+    if given.get("resume"):
+        checkpoint = newest_checkpoint(
+            given.get("log_dir", HERE / "log"), warn=print if is_master else lambda text: None
+        )
+    settings = make_settings(given, checkpoint and checkpoint["settings"])
+    if is_master and settings.data == str(HERE / "input.txt") and "data" not in given:
+        print("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
+    try:
+        train(settings, given, checkpoint)
+    except torch.OutOfMemoryError as error:
+        remedy = "use a smaller --block_size or model"
+        if settings.micro_batch_size > 1:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            settings.micro_batch_size -= 1
+            remedy = f"use --micro_batch_size={fit_micro_batch(settings, world_size, exact=False)}"
+        raise UserError(f"out of GPU memory: {remedy}") from error
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold characters that the terminal cannot show
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"train_gpt2.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ntrain_gpt2.py: interrupted: --resume goes on from the last checkpoint")
