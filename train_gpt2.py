@@ -234,15 +234,15 @@ class GPT(nn.Module):
                     f"{name_or_folder} could not be fetched ({reason}): name a folder that has it"
                 ) from error
         try:
-            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            saved = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd"):
-                if type(saved[key]) is not int or saved[key] < 1:
-                    raise ValueError(f"config.json has {key} {saved[key]}")
+                if type(saved.get(key)) is not int or saved[key] < 1:
+                    raise ValueError(f"config.json has {key} {saved.get(key)}, not a whole number")
             tensors = {}
             for file in sorted(folder.glob("*.safetensors")):  # large models come in several files
                 tensors.update(load_file(file))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"{folder} is not a folder of GPT-2 weights: {error!r}") from error
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder} is not a folder of GPT-2 weights: {error}") from error
         if not tensors:
             raise UserError(f"{folder} has no .safetensors file (pickled .bin weights are never read): save it as such")
 
@@ -953,6 +953,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
         count = min(val_tokens - (start + loader.process_rank * batch_tokens), batch_tokens)
         if count <= 0:
             break  # the last round of batches is not a full one
+        y = y.clone()  # x lies in the same memory, one token behind
         y.view(-1)[count:] = -1  # past the end: counts for nothing
         with autocast:
             _, loss = model(x.to(device), y.to(device))

@@ -1,0 +1,179 @@
+"""DataLoaderLite: the stream is complete, and its position follows from the update alone."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_bin
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fineweb import UserError, gpt2_encoding
+from train_gpt2 import DataLoaderLite
+
+shard_sizes = st.lists(st.integers(1, 60), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) >= 2)
+few = st.integers(1, 5)
+
+
+def make_stream(folder, sizes, as_bin):
+    """Shards that hold 0, 1, 2, ... end to end."""
+    start = 0
+    for i, size in enumerate(sizes):
+        tokens = np.arange(start, start + size, dtype=np.uint16)
+        if as_bin:
+            write_bin(Path(folder) / f"x_train_{i:06d}.bin", tokens)
+        else:
+            np.save(Path(folder) / f"x_train_{i:06d}.npy", tokens)
+        start += size
+    return start
+
+
+@settings(deadline=None, max_examples=150)
+@given(sizes=shard_sizes, B=few, T=few, ranks=few, micro_steps=st.integers(1, 8), as_bin=st.booleans())
+def test_ranks_together_read_the_stream_once_and_in_order(sizes, B, T, ranks, micro_steps, as_bin):
+    with tempfile.TemporaryDirectory() as folder:
+        total = make_stream(folder, sizes, as_bin)
+        loaders = [DataLoaderLite(B, T, rank, ranks, "train", folder) for rank in range(ranks)]
+        xs, ys = [], []
+        for _ in range(micro_steps):
+            for loader in loaders:
+                x, y = loader.next_batch()
+                assert x.shape == y.shape == (B, T)
+                assert x.dtype == y.dtype == torch.int64
+                xs.append(x.flatten())
+                ys.append(y.flatten())
+        n = micro_steps * ranks * B * T
+        stream = torch.arange(n + 1) % total  # across shards' ends, and over again from the start
+        assert torch.equal(torch.cat(xs), stream[:-1])
+        assert torch.equal(torch.cat(ys), stream[1:])
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes=shard_sizes, B=few, T=few, rank=st.integers(0, 2), steps=st.integers(0, 20))
+def test_setting_the_position_equals_stepping_there(sizes, B, T, rank, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        make_stream(folder, sizes, as_bin=False)
+        stepped = DataLoaderLite(B, T, rank, 3, "train", folder)
+        for _ in range(steps):
+            stepped.next_batch()
+        jumped = DataLoaderLite(B, T, rank, 3, "train", folder)
+        jumped.set_position(steps)
+        for a, b in zip(stepped.next_batch(), jumped.next_batch(), strict=True):
+            assert torch.equal(a, b)
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=shard_sizes, update=st.integers(0, 30))
+def test_another_micro_batch_and_number_of_ranks_read_the_same_update(sizes, update):
+    with tempfile.TemporaryDirectory() as folder:
+        make_stream(folder, sizes, as_bin=False)
+        reads = []
+        for B, ranks in [(12, 1), (4, 3), (1, 2), (2, 6), (3, 1)]:  # an update is 12 sequences
+            micro_steps = 12 // (B * ranks)
+            loaders = [DataLoaderLite(B, 4, rank, ranks, "train", folder) for rank in range(ranks)]
+            for loader in loaders:
+                loader.set_position(update * micro_steps)
+            reads.append(torch.cat([loader.next_batch()[0] for _ in range(micro_steps) for loader in loaders]))
+        assert all(torch.equal(read, reads[0]) for read in reads)
+
+
+def test_text_file_is_split_nine_to_one(tmp_path):
+    text = "To be, or not to be: that is the question.\n" * 50
+    (tmp_path / "play.txt").write_text(text, encoding="utf-8")
+    tokens = gpt2_encoding().encode_ordinary(text)
+    train = DataLoaderLite(1, 4, 0, 1, "train", tmp_path / "play.txt")
+    val = DataLoaderLite(1, 4, 0, 1, "val", str(tmp_path / "play.txt"))
+    split = len(tokens) * 9 // 10
+    assert train.read(0, train.num_tokens).tolist() == tokens[:split]
+    assert val.read(0, val.num_tokens).tolist() == tokens[split:]
+
+
+def good_folder(folder):
+    np.save(folder / "x_train_000000.npy", np.arange(50, dtype=np.uint16))
+    np.save(folder / "x_train_000001.npy", np.arange(50, dtype=np.uint16))
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+BAD_SHARDS = {
+    "empty file": lambda path: path.write_bytes(b""),
+    "no tokens": lambda path: np.save(path, np.zeros(0, dtype=np.uint16)),
+    "truncated": lambda path: truncate(path, -10),
+    "truncated header": lambda path: truncate(path, 20),
+    "int32": lambda path: np.save(path, np.arange(50, dtype=np.int32)),
+    "big-endian": lambda path: np.save(path, np.arange(50, dtype=">u2")),
+    "two-dimensional": lambda path: np.save(path, np.zeros((5, 10), dtype=np.uint16)),
+    "one number": lambda path: np.save(path, np.uint16(7)),
+    "pickled objects": lambda path: np.save(path, np.array([{}, []], dtype=object), allow_pickle=True),
+    "not numpy": lambda path: path.write_bytes(b"hello, this is no array at all" * 10),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_SHARDS)
+def test_bad_npy_shard_is_named_at_once(tmp_path, damage):
+    good_folder(tmp_path)
+    BAD_SHARDS[damage](tmp_path / "x_train_000001.npy")
+    with pytest.raises(UserError, match=r"x_train_000001\.npy") as error:
+        DataLoaderLite(1, 4, 0, 1, "train", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "magic", "version", "header", "empty"])
+def test_bad_bin_shard_is_named_at_once(tmp_path, damage):
+    path = tmp_path / "x_train_000000.bin"
+    write_bin(path, np.arange(0 if damage == "empty" else 50))
+    content = bytearray(path.read_bytes())
+    if damage == "magic":
+        content[0] ^= 1
+    if damage == "version":
+        content[4] = 2
+    path.write_bytes({"short": content[:-2], "long": content + b"xx", "header": content[:100]}.get(damage, content))
+    with pytest.raises(UserError, match=r"x_train_000000\.bin") as error:
+        DataLoaderLite(1, 4, 0, 1, "train", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_token_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
+    good_folder(tmp_path)
+    tokens = np.arange(50, dtype=np.uint16)
+    tokens[17] = 50257
+    np.save(tmp_path / "x_train_000001.npy", tokens)
+    loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
+    tokens[17] = 50256
+    with pytest.raises(UserError, match=r"x_train_000001\.npy holds 50257 at token 17"):
+        loader.read(0, 100)
+    np.save(tmp_path / "x_train_000001.npy", tokens)
+    assert loader.read(0, 100).max() == 50256
+
+
+def test_shard_that_shrinks_during_training_is_named(tmp_path):
+    good_folder(tmp_path)
+    loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
+    truncate(tmp_path / "x_train_000001.npy", -40)
+    with pytest.raises(UserError, match=r"x_train_000001\.npy has become shorter"):
+        loader.read(0, 100)
+    (tmp_path / "x_train_000001.npy").unlink()
+    with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be read"):
+        loader.read(0, 100)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "neither a folder of shards nor a text file"),
+        (lambda path: path.mkdir(), "has no val shard"),
+        (lambda path: path.write_text(""), "0 val tokens"),
+        (lambda path: path.write_text("Hi"), "1 val tokens"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00" * 40), "not a UTF-8 text file"),
+    ],
+)
+def test_unusable_data_is_refused(tmp_path, make, message):
+    make(tmp_path / "data")
+    with pytest.raises(UserError, match=message) as error:
+        DataLoaderLite(1, 4, 0, 1, "val", tmp_path / "data")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,543 @@
+"""The training loop: what it computes, that it can be interrupted, and what it says when something is wrong."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, read_log, run_script, write_shards
+from torch._dynamo import config as dynamo_config
+
+import train_gpt2
+from fineweb import UserError
+from train_gpt2 import GPT, GPTConfig, Settings
+
+
+def losses(folder, kind="train"):
+    return [(step, value) for step, name, value in read_log(folder) if name == kind]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What an update computes
+
+
+def gradient_of_first_update(log_dir):
+    """After one unclipped update, Adam's first moment is a tenth of the gradient."""
+    checkpoint = torch.load(log_dir / "model_00001.pt", weights_only=True)
+    return [10 * state["exp_avg"] for state in checkpoint["optimizer"]["state"].values()]
+
+
+def reference_gradient(shards, rows):
+    """The gradient of the same update in plain PyTorch: one batch, no accumulation, no loader."""
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    stream = np.concatenate([np.load(path) for path in sorted(shards.glob("*_train_*"))]).astype(np.int64)
+    stream = torch.from_numpy(stream)
+    model(stream[: rows * 16].view(rows, 16), stream[1 : rows * 16 + 1].view(rows, 16))[1].backward()
+    matrices = [p.grad for p in model.parameters() if p.dim() >= 2]
+    return matrices + [p.grad for p in model.parameters() if p.dim() < 2]
+
+
+@pytest.mark.parametrize(("micro_batch", "nproc"), [(8, None), (4, None), (2, None), (4, 2), (2, 2), (1, 2)])
+def test_gradient_is_the_same_in_any_number_of_parts(tmp_path, shards, micro_batch, nproc):
+    flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path}", "--max_steps=1", "--grad_clip=0", "--eval_interval=0"]
+    if nproc:
+        run = run_script(*flags, f"--micro_batch_size={micro_batch}", nproc=nproc)
+        assert run.returncode == 0, run.stderr
+    else:
+        train_gpt2.main([*flags, f"--micro_batch_size={micro_batch}"])
+    gradient, expected = gradient_of_first_update(tmp_path), reference_gradient(shards, rows=8)
+    assert len(gradient) == len(expected) == 28
+    for a, b in zip(gradient, expected, strict=True):
+        assert ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+def test_clipping_cuts_the_whole_gradient(train, tmp_path):
+    out = train("--max_steps=1", "--grad_clip=0.01")
+    norm = torch.cat([g.flatten() for g in gradient_of_first_update(tmp_path / "log")]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+    assert float(out.split("| norm ")[1].split()[0]) > 0.1  # the printed norm is the one before clipping
+
+
+def test_two_processes_train_like_one(tmp_path, shards):
+    flags = [*TINY, f"--data={shards}"]
+    train_gpt2.main([*flags, f"--log_dir={tmp_path / 'one'}"])
+    run = run_script(*flags, f"--log_dir={tmp_path / 'two'}", nproc=2)
+    assert run.returncode == 0, run.stderr
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
+    for a, b in zip(one, two, strict=True):
+        assert float(a[2]) == pytest.approx(float(b[2]), abs=2e-4)
+    for start in ("model: ", "step     0 ", "validation loss", "sample 0: ", "done: "):  # each line comes once
+        count = sum(line.startswith(start) for line in run.stdout.splitlines())
+        assert count == (4 if start in ("validation loss", "sample 0: ") else 1), start
+
+
+def test_evaluation_and_samples_leave_training_unchanged(train, tmp_path):
+    train(f"--log_dir={tmp_path / 'on'}", "--eval_interval=1", "--dtype=bfloat16")
+    train(f"--log_dir={tmp_path / 'off'}", "--eval_interval=0", "--dtype=bfloat16")
+    on, off = [torch.load(tmp_path / name / "model_00006.pt", weights_only=True) for name in ("on", "off")]
+    assert losses(tmp_path / "on") == losses(tmp_path / "off")
+    assert all(torch.equal(on["model"][name], off["model"][name]) for name in on["model"])
+    assert torch.equal(on["rng"]["cpu"], off["rng"]["cpu"])
+    assert len(losses(tmp_path / "on", "val")) == 7
+    assert losses(tmp_path / "off", "val") == []
+
+
+@pytest.mark.parametrize("val_tokens", [1, 100, 10_000])
+def test_validation_loss_is_the_mean_over_tokens(train, shards, tmp_path, val_tokens):
+    """Equal for any micro-batch, and equal to the plain mean of windows of T, the last one shorter."""
+    tokens = torch.from_numpy(np.load(next(shards.glob("*_val_*"))).astype(np.int64))
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    count, total = min(val_tokens, len(tokens) - 1), 0.0
+    for start in range(0, count, 16):
+        window = tokens[start : min(start + 16, count) + 1]
+        total += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
+    for micro_batch in (1, 2, 8):
+        train("--max_steps=1", f"--val_tokens={val_tokens}", f"--micro_batch_size={micro_batch}")
+        assert float(losses(tmp_path / "log", "val")[0][1]) == pytest.approx(total / count, abs=1e-4)
+
+
+def test_compiled_run_equals_eager_and_is_compiled_once(train, tmp_path):
+    train(f"--log_dir={tmp_path / 'eager'}", "--dtype=bfloat16")
+    torch._dynamo.reset()
+    with dynamo_config.patch(error_on_recompile=True):  # evaluation and sampling have other shapes
+        out = train(f"--log_dir={tmp_path / 'compiled'}", "--dtype=bfloat16", "--compile")
+    assert ", compiled, " in out
+    assert out.count("sample 1: ") == out.count("validation loss: ") == 4
+    for a, b in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
+        assert float(a[1]) == pytest.approx(float(b[1]), abs=0.02)
+    checkpoint = torch.load(tmp_path / "compiled" / "model_00006.pt", weights_only=True)
+    assert all(name.startswith(("transformer.", "lm_head.")) for name in checkpoint["model"])
+
+
+def test_without_a_compiler_the_run_is_eager_with_one_warning(train, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    out = train("--compile=True", "--max_steps=1")
+    assert out.count("warning: torch.compile does not work here") == 1
+    assert ", eager, " in out
+
+
+def test_float16_scales_the_gradients(train, tmp_path):
+    train(f"--log_dir={tmp_path / 'full'}")
+    train(f"--log_dir={tmp_path / 'half'}", "--dtype=float16")
+    checkpoint = torch.load(tmp_path / "half" / "model_00006.pt", weights_only=True)
+    assert checkpoint["scaler"]["scale"] >= 1.0
+    for a, b in zip(losses(tmp_path / "full"), losses(tmp_path / "half"), strict=True):
+        assert float(a[1]) == pytest.approx(float(b[1]), abs=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interruption
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resumed_run_equals_one_that_never_stopped(train, tmp_path, stop):
+    """The stream's shards end within updates 1 to 2, so both cross one."""
+    train(f"--log_dir={tmp_path / 'whole'}")
+    train(f"--log_dir={tmp_path / 'parts'}")
+    for step in range(stop + 1, 7):  # as if killed after `stop` updates were saved, and one more was logged
+        (tmp_path / "parts" / f"model_{step:05d}.pt").unlink(missing_ok=True)
+    log = tmp_path / "parts" / "log.txt"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if int(line.split()[0]) <= stop]
+    log.write_text("".join(kept) + f"{stop + 1} trai", encoding="utf-8")  # and a line was being written
+    out = train(f"--log_dir={tmp_path / 'parts'}", "--resume")
+    assert f"model_{stop:05d}.pt" in out
+    assert log.read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
+    whole, parts = [torch.load(tmp_path / name / "model_00006.pt", weights_only=True) for name in ("whole", "parts")]
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    states = zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values(), strict=True)
+    assert all(torch.equal(a[key], b[key]) for a, b in states for key in a)
+
+
+def test_resume_takes_the_settings_from_the_checkpoint(train, tmp_path, shards, capsys):
+    train(f"--log_dir={tmp_path / 'whole'}")
+    train("--max_steps=6")
+    (tmp_path / "log" / "model_00006.pt").unlink()
+    train_gpt2.main([f"--log_dir={tmp_path / 'log'}", "--resume"])  # no other flag
+    assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
+    capsys.readouterr()
+    train_gpt2.main([f"--log_dir={tmp_path / 'log'}", "--resume=True", "--max_steps=8"])
+    assert [step for step, _ in losses(tmp_path / "log")] == list(range(8))
+
+
+def record_batches(monkeypatch):
+    tokens = []
+    original = train_gpt2.DataLoaderLite.next_batch
+
+    def next_batch(loader):
+        x, y = original(loader)
+        tokens.append(x.flatten())
+        return x, y
+
+    monkeypatch.setattr(train_gpt2.DataLoaderLite, "next_batch", next_batch)
+    return tokens
+
+
+def test_resume_with_another_micro_batch_reads_the_same_tokens(train, tmp_path, monkeypatch):
+    train("--eval_interval=0")
+    (tmp_path / "log" / "model_00006.pt").unlink()
+    shutil.copytree(tmp_path / "log", tmp_path / "copy")
+    tokens = record_batches(monkeypatch)
+    train("--eval_interval=0", "--resume")
+    same = torch.cat(tokens)
+    tokens.clear()
+    train("--eval_interval=0", "--resume", "--micro_batch_size=8", f"--log_dir={tmp_path / 'copy'}")
+    assert torch.equal(torch.cat(tokens), same)
+    assert len(same) == 2 * 128
+    for a, b in zip(losses(tmp_path / "log"), losses(tmp_path / "copy"), strict=True):
+        assert float(a[1]) == pytest.approx(float(b[1]), abs=1e-4)
+
+
+def test_resume_on_two_processes(train, tmp_path, shards):
+    train(f"--log_dir={tmp_path / 'whole'}")
+    train()
+    (tmp_path / "log" / "model_00006.pt").unlink()
+    run = run_script(f"--log_dir={tmp_path / 'log'}", "--resume", nproc=2)
+    assert run.returncode == 0, run.stderr
+    for a, b in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "log"), strict=True):
+        assert a[:2] == b[:2]
+        assert float(a[2]) == pytest.approx(float(b[2]), abs=2e-4)
+
+
+def test_resume_with_nothing_to_resume_starts_anew(train, tmp_path):
+    train("--resume", "--max_steps=2")
+    assert [step for step, _ in losses(tmp_path / "log")] == [0, 1]
+
+
+def test_a_new_run_moves_the_earlier_one_aside(train, tmp_path):
+    train("--max_steps=2")
+    first = (tmp_path / "log" / "log.txt").read_bytes()
+    for n in (1, 2):
+        out = train("--max_steps=2", f"--seed={n}")
+        assert f"earlier_{n}" in out
+    assert (tmp_path / "log" / "earlier_1" / "log.txt").read_bytes() == first
+    assert (tmp_path / "log" / "earlier_2" / "model_00002.pt").exists()
+    assert len(losses(tmp_path / "log")) == 2
+
+
+def test_keep_checkpoints(train, tmp_path):
+    train("--checkpoint_interval=1", "--keep_checkpoints=2")
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.txt", "model_00005.pt", "model_00006.pt"]
+
+
+def test_evaluation_comes_last_and_the_log_is_complete(train, tmp_path):
+    train("--max_steps=5", "--checkpoint_interval=0")
+    expected = [(step, kind) for step in range(5) for kind in (["val", "train"] if step % 2 == 0 else ["train"])]
+    assert [(step, kind) for step, kind, _ in read_log(tmp_path / "log")] == [*expected, (5, "val")]
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.txt", "model_00005.pt"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Starting from weights
+
+
+def test_max_steps_0_evaluates_and_samples_and_writes_nothing(train, tmp_path):
+    train("--max_steps=2")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "log").iterdir())
+    checkpoint = tmp_path / "log" / "model_00002.pt"
+    out = train(f"--init_from={checkpoint}", "--max_steps=0", "--prompt=Once upon a time", "--num_samples=3")
+    assert f"validation loss: {losses(tmp_path / 'log', 'val')[-1][1]}" in out
+    assert [line[:26] for line in out.splitlines() if line.startswith("sample")] == [
+        f"sample {i}: Once upon a time" for i in range(3)
+    ]
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "log").iterdir()) == before
+
+
+def test_training_goes_on_from_weights_only(train, tmp_path):
+    train("--max_steps=2")
+    train(f"--init_from={tmp_path / 'log' / 'model_00002.pt'}", f"--log_dir={tmp_path / 'second'}", "--max_steps=1")
+    assert losses(tmp_path / "second", "val")[0] == (0, losses(tmp_path / "log", "val")[-1][1])
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8))
+    model.save_pretrained(tmp_path / "folder")
+    shape = [flag for flag in TINY if not flag.startswith("--n_")]
+    data = [f"--data={tmp_path}", f"--log_dir={tmp_path / 'third'}"]
+    write_shards(tmp_path, "train", [300])
+    write_shards(tmp_path, "val", [300])
+    train_gpt2.main([*shape, *data, f"--init_from={tmp_path / 'folder'}", "--max_steps=2"])
+    checkpoint = torch.load(tmp_path / "third" / "model_00002.pt", weights_only=True)
+    assert checkpoint["config"] == {"block_size": 16, "vocab_size": 50257, "n_layer": 1, "n_head": 2, "n_embd": 8}
+
+
+def test_gpt2_comes_from_the_hub_cache(tmp_path, shards):
+    """The real hub client, offline, on a cache laid out as it lays it out."""
+    repo = tmp_path / "hub" / "models--openai-community--gpt2"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("607a30d783dfa663caf39e06633721c8d4cfcd7e")
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8))
+    model.save_pretrained(repo / "snapshots" / "607a30d783dfa663caf39e06633721c8d4cfcd7e")
+    flags = ["--init_from=gpt2", "--max_steps=0", f"--data={shards}", "--device=cpu", "--total_batch_size=16"]
+    run = run_script(*flags, env={"HF_HOME": str(tmp_path)})
+    assert run.returncode == 0, run.stderr
+    assert "1 layers, 2 heads, 8 wide" in run.stdout
+    run = run_script(*flags, env={"HF_HOME": str(tmp_path / "empty")}, nproc=2)
+    assert run.returncode == 1
+    assert "train_gpt2.py: gpt2 could not be fetched" in run.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_every_setting_is_a_flag_with_its_default_in_the_help():
+    run = run_script("--help")
+    assert run.returncode == 0
+    for name, value in vars(Settings()).items():
+        assert f"--{name}" in run.stdout
+        assert value is None or f"[{value}]" in " ".join(run.stdout.split())
+
+
+def test_the_recipe_is_the_default():
+    recipe = vars(Settings())
+    expected = {
+        "model": "gpt2",
+        "block_size": 1024,
+        "vocab_size": 50304,
+        "total_batch_size": 2**19,
+        "micro_batch_size": 64,
+        "max_steps": 19073,
+        "warmup_steps": 715,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+        "seed": 1337,
+        "eval_interval": 250,
+        "val_tokens": 20 * 2**19,
+        "checkpoint_interval": 5000,
+        "keep_checkpoints": 0,
+        "data": "edu_fineweb10B",
+        "log_dir": "log",
+        "init_from": "scratch",
+        "resume": False,
+        "device": "auto",
+        "dtype": "auto",
+        "compile": "auto",
+    }
+    assert {name: recipe[name] for name in expected} == expected
+
+
+def test_absent_default_data_means_input_txt_and_flags_still_override(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "HERE", tmp_path)
+    (tmp_path / "input.txt").write_text("words", encoding="utf-8")
+    settings = train_gpt2.make_settings({"max_steps": 7})
+    assert settings.data == str(tmp_path / "input.txt")
+    assert (settings.max_steps, settings.total_batch_size, settings.model) == (7, 1024, "gpt2")
+    (tmp_path / "edu_fineweb10B").mkdir()
+    settings = train_gpt2.make_settings({"max_steps": 7})
+    assert settings.data == str(tmp_path / "edu_fineweb10B")
+    assert (settings.max_steps, settings.total_batch_size) == (7, 2**19)
+
+
+def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
+    for world_size, expected in {1: 64, 2: 64, 4: 64, 8: 64, 16: 32, 32: 16}.items():
+        assert train_gpt2.fit_micro_batch(Settings(), world_size, exact=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--total_batch_size=1000"], "the nearest that work are 992 and 1008"),
+        (["--total_batch_size=10"], "the nearest that work are 16"),
+        (["--micro_batch_size=3"], "the nearest that work are 2 and 4"),
+        (["--micro_batch_size=100"], "the nearest that work are 8"),
+        (["--micro_batch_size=0"], "--micro_batch_size=0"),
+        (["--max_lr=nan"], "--max_lr=nan"),
+        (["--vocab_size=50000"], "--vocab_size=50000"),
+        (["--n_head=3"], "n_embd 32 does not divide"),
+        (["--model=gpt3"], "choose among gpt2, gpt2-medium"),
+        (["--dtype=int8"], "--dtype=int8"),
+        (["--device=gpu"], "--device=gpu is unknown"),
+        (["--device=meta"], "--device=meta is not supported"),
+        (["--init_from=gpt5"], "--init_from=gpt5"),
+        (["--data=nowhere"], "--data=nowhere is neither"),
+        (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
+    ],
+)
+def test_wrong_setting_is_refused_in_one_line(train, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(*flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--max_step=5", "unknown argument --max_step=5, is --max_steps meant?"),
+        ("--zzz", "unknown argument --zzz"),
+        ("stray", "unknown argument stray"),
+        ("--max_steps=many", "argument --max_steps: invalid int value: 'many'"),
+        ("--resume=maybe", "argument --resume: True or False is meant"),
+    ],
+)
+def test_wrong_flag_exits_with_status_2(capsys, flag, message):
+    with pytest.raises(SystemExit) as error:
+        train_gpt2.main([flag])
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_the_script_itself_ends_in_one_line_without_traceback(tmp_path):
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "x_train_000000.npy", np.zeros(10, dtype=np.uint16))
+    for flags, status, message in [
+        (["--lr=1"], 2, "train_gpt2.py: unknown argument --lr=1"),
+        ([*TINY, f"--data={tmp_path / 'data'}", f"--log_dir={tmp_path}"], 1, "train_gpt2.py: "),
+    ]:
+        run = run_script(*flags)
+        assert run.returncode == status
+        assert len(run.stderr.splitlines()) == 1
+        assert run.stderr.startswith(message)
+    assert "has no val shard" in run.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(train, tmp_path):
+    train(f"--log_dir={tmp_path / 'whole'}")
+    train()
+    path = tmp_path / "log" / "model_00006.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    out = train("--resume")
+    assert f"warning: {path}" in out
+    assert "model_00004.pt" in out
+    assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
+    for path in (tmp_path / "log").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        train("--resume")
+
+
+class Evil:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj))])
+def test_checkpoint_with_a_pickled_object_is_refused(train, tmp_path, save):
+    train("--max_steps=2")
+    path = tmp_path / "log" / "model_00002.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    save({**checkpoint, "extra": Evil(tmp_path / "owned")}, path)
+    for flags in (["--resume"], [f"--init_from={path}", "--max_steps=0"]):
+        with pytest.raises(UserError) as error:
+            train(*flags)
+        assert "\n" not in str(error.value)
+    assert "refused" in str(error.value)
+    assert not (tmp_path / "owned").exists()
+    torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
+    assert (tmp_path / "owned").exists()  # it was a live one
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [1], {"model": 1}, {"model": {}, "config": {"a": 1}, "step": 0, "settings": {}, "optimizer": {}}]
+)
+def test_foreign_checkpoint_is_refused(train, tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt is damaged, or no checkpoint of this script"):
+        train(f"--init_from={tmp_path / 'model.pt'}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--n_layer=3", "has n_layer 2, not 3"),
+        ("--model=gpt2", "has n_layer 2, not 12"),
+        ("--block_size=32", "has block_size 16"),
+        ("--total_batch_size=256", "--total_batch_size cannot change"),
+        ("--max_steps=1", "the checkpoint has 2 updates"),
+    ],
+)
+def test_resume_with_other_settings_than_the_checkpoint_is_refused(train, tmp_path, flag, message):
+    train("--max_steps=2")
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "log").iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        train_gpt2.main([f"--log_dir={tmp_path / 'log'}", "--resume", flag])
+    assert "\n" not in str(error.value)
+    assert sorted((path, path.read_bytes()) for path in (tmp_path / "log").iterdir()) == before
+
+
+def test_more_processes_than_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train_gpt2.pick_device("auto", 1, 4) == torch.device("cuda:1")
+    with pytest.raises(UserError, match="process 2 has no GPU, this machine has 2: --nproc_per_node=2"):
+        train_gpt2.pick_device("auto", 2, 4)
+    with pytest.raises(UserError, match="process 5 has no GPU"):
+        train_gpt2.pick_device("cuda:5", 0, 1)
+
+
+def test_out_of_gpu_memory_names_the_next_smaller_micro_batch(train, monkeypatch):
+    def forward(self, idx, targets=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    for micro_batch, remedy in {8: "--micro_batch_size=4", 2: "--micro_batch_size=1", 1: "--block_size"}.items():
+        with pytest.raises(UserError, match=f"out of GPU memory: use a? ?(smaller )?{remedy}"):
+            train(f"--micro_batch_size={micro_batch}")
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path, monkeypatch):
+    forward, calls = GPT.forward, []
+
+    def poisoned(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        calls.append(1)
+        return logits, loss * float("nan") if len(calls) == 4 * 3 + 2 else loss  # in update 3, of 4 micro-steps
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    with pytest.raises(UserError, match=r"step 3: loss nan.*Last checkpoint: .*model_00002\.pt") as error:
+        train("--eval_interval=0")
+    assert "\n" not in str(error.value)
+    assert [step for step, _ in losses(tmp_path / "log")] == [0, 1, 2]
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.txt", "model_00002.pt"]
+
+
+def test_a_full_disk_leaves_older_checkpoints_and_no_stray_file(train, tmp_path, monkeypatch):
+    real_save = torch.save
+
+    def save(checkpoint, path):
+        if checkpoint["step"] == 4:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real_save(checkpoint, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(UserError, match=r"model_00004\.pt could not be written .*No space left"):
+        train()
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.txt", "model_00002.pt"]
+    monkeypatch.undo()
+    train("--resume")
+    assert [step for step, _ in losses(tmp_path / "log")] == list(range(6))
+
+
+def test_no_path_needs_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = train_gpt2.make_settings({})
+    assert settings.log_dir == str(ROOT / "log")
+    assert settings.data in (str(ROOT / "input.txt"), str(ROOT / "edu_fineweb10B"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [["--dtype=bfloat16"], ["--dtype=float16"], ["--compile=False"], []])
+def test_cuda_run_resumes_and_matches_the_cpu(train, tmp_path, flags):
+    train(f"--log_dir={tmp_path / 'cpu'}")
+    train(f"--log_dir={tmp_path / 'cuda'}", "--device=cuda", "--dtype=auto", *flags)
+    (tmp_path / "cuda" / "model_00006.pt").unlink()
+    train(f"--log_dir={tmp_path / 'cuda'}", "--device=cuda", "--dtype=auto", "--resume", *flags)
+    for a, b in zip(read_log(tmp_path / "cpu"), read_log(tmp_path / "cuda"), strict=True):
+        assert a[:2] == b[:2]
+        assert float(a[2]) == pytest.approx(float(b[2]), abs=0.05)
