@@ -3,6 +3,7 @@
 Importing this file runs nothing and needs no network.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -15,6 +16,7 @@ class UserError(Exception):
     """Something went wrong that its user can mend: the message is one line that says what, and what to do."""
 
 
+@functools.cache
 def gpt2_encoding():
     """GPT-2's byte-pair encoding as a tiktoken `Encoding`: 50,257 tokens, `<|endoftext|>` is 50256.
 

@@ -23,6 +23,7 @@ import argparse
 import bisect
 import ctypes
 import difflib
+import functools
 import json
 import math
 import os
@@ -222,20 +223,19 @@ class GPT(nn.Module):
         """
         folder = Path(name_or_folder)
         if name_or_folder in MODELS:
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import snapshot_download  # asks the network, so only where it is needed
 
-            print(f"weights: {name_or_folder} from the Hugging Face hub, kept in its cache for the next time")
+            files = ["config.json", "model.safetensors"]
             try:
-                files = ["config.json", "model.safetensors"]
                 folder = Path(snapshot_download(f"openai-community/{name_or_folder}", allow_patterns=files))
-            except (OSError, ValueError) as error:  # the hub's own errors are both
-                reason = type(error).__name__
-                raise UserError(
-                    f"{name_or_folder} could not be fetched ({reason}): name a folder that has it"
-                ) from error
+            except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+                message = f"{name_or_folder} could not be fetched from the Hugging Face hub ({type(error).__name__})"
+                raise UserError(f"{message}: check the network, or name a folder that holds it") from error
+        sizes = {"block_size": "n_positions", "vocab_size": "vocab_size"}  # our names for them and OpenAI's
+        sizes |= {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
         try:
             saved = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd"):
+            for key in sizes.values():
                 if type(saved.get(key)) is not int or saved[key] < 1:
                     raise ValueError(f"config.json has {key} {saved.get(key)}, not a whole number")
             tensors = {}
@@ -246,27 +246,13 @@ class GPT(nn.Module):
         if not tensors:
             raise UserError(f"{folder} has no .safetensors file (pickled .bin weights are never read): save it as such")
 
-        expected = {
-            "model_type": ["gpt2"],
-            "activation_function": ["gelu_new"],  # the tanh approximation
-            "layer_norm_epsilon": [1e-5],
-            "n_inner": [None, 4 * saved["n_embd"]],
-            "scale_attn_weights": [True],
-            "scale_attn_by_inverse_layer_idx": [False],
-            "tie_word_embeddings": [True],
-        }
-        for key, accepted in expected.items():
-            if saved.get(key, accepted[0]) not in accepted:
-                raise UserError(f"{folder}/config.json has {key} {saved[key]}: this GPT-2 computes {accepted[0]} only")
-        model = cls(
-            GPTConfig(
-                block_size=saved["n_positions"],
-                vocab_size=saved["vocab_size"],
-                n_layer=saved["n_layer"],
-                n_head=saved["n_head"],
-                n_embd=saved["n_embd"],
-            )
-        )
+        expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+        expected |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+        expected |= {"n_inner": None if saved.get("n_inner") is None else 4 * saved["n_embd"]}
+        for key, value in expected.items():
+            if saved.get(key, value) != value:
+                raise UserError(f"{folder}/config.json has {key} {saved[key]}: only {value} is computed here")
+        model = cls(GPTConfig(**{ours: saved[theirs] for ours, theirs in sizes.items()}))
         for name, parameter in model.named_parameters():  # the tied head comes once, as wte
             short_name = name.removeprefix("transformer.")
             tensor = tensors.get(name, tensors.get(short_name))
@@ -276,7 +262,7 @@ class GPT(nn.Module):
                 tensor = tensor.t()
             if tensor.shape != parameter.shape:
                 shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"
-                raise UserError(f"{folder}: the tensor {short_name} has the shape {shapes} (out, in)")
+                raise UserError(f"{folder}: the tensor {short_name} has the shape {shapes}")
             with torch.no_grad():
                 parameter.copy_(tensor)
         return model
@@ -295,23 +281,13 @@ class GPT(nn.Module):
             if name == "transformer.wte.weight":
                 tensor = tensor[:vocab_size]
             tensors[name] = (tensor.t() if name.endswith(self.TRANSPOSED) else tensor).contiguous()
-        config = {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "n_positions": self.config.block_size,
-            "n_ctx": self.config.block_size,
-            "vocab_size": vocab_size,
-            "n_layer": self.config.n_layer,
-            "n_head": self.config.n_head,
-            "n_embd": self.config.n_embd,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-            "bos_token_id": GPT2_VOCAB_SIZE - 1,
-            "eos_token_id": GPT2_VOCAB_SIZE - 1,
-        }
+        c = self.config
+        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+        config |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "vocab_size": vocab_size}
+        config |= {"n_positions": c.block_size, "n_ctx": c.block_size}
+        config |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+        config |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+        config |= {"bos_token_id": GPT2_VOCAB_SIZE - 1, "eos_token_id": GPT2_VOCAB_SIZE - 1}
         replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2) + "\n"
         replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
@@ -412,6 +388,16 @@ def read_shard(shard, start, count):
     return tokens
 
 
+@functools.cache  # the two splits share one tokenization
+def tokenize_file(path):
+    """A text file's tokens: uint16."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a UTF-8 text file: {error}") from error
+    return np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+
+
 class DataLoaderLite:
     """Batches of a split ("train" or "val"), out of a folder of shards or a text file (last tenth: "val").
 
@@ -427,11 +413,7 @@ class DataLoaderLite:
         self.micro_step = 0
         data_root = Path(data_root)
         if data_root.is_file():
-            try:
-                text = data_root.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{data_root} is not a UTF-8 text file: {error}") from error
-            tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+            tokens = tokenize_file(data_root)
             first_val = len(tokens) * 9 // 10
             self.text = tokens[:first_val] if split == "train" else tokens[first_val:]
             lengths = [len(self.text)]
@@ -556,9 +538,10 @@ class Settings:
 TEXT_FILE_SETTINGS = {
     "block_size": 128,
     "total_batch_size": 1024,
-    "micro_batch_size": 8,
+    "micro_batch_size": 4,
     "max_steps": 60,
     "warmup_steps": 10,
+    "max_lr": 3e-4,
     "eval_interval": 20,
     "val_tokens": 2048,
     "prompt": "ROMEO:\n",
@@ -636,23 +619,18 @@ def fit_micro_batch(settings, world_size, exact):
     An update's sequences must divide evenly into processes, and a process's share into micro-batches.
     Raises UserError with the nearest sizes that work.
     """
-    tokens_each, total = settings.block_size * world_size, settings.total_batch_size
-    if total % tokens_each != 0:
-        works = [n for n in (total // tokens_each * tokens_each, (total // tokens_each + 1) * tokens_each) if n > 0]
-        raise UserError(
-            f"--total_batch_size={total} is not a multiple of block_size x processes = {settings.block_size} x "
-            f"{world_size}: the nearest that work are {' and '.join(str(n) for n in works)}"
-        )
-    rows, size = total // tokens_each, settings.micro_batch_size
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    below, above = [n for n in divisors if n <= size], [n for n in divisors if n > size]
-    if exact and below[-1] != size:
-        works = below[-1:] + above[:1]
-        raise UserError(
-            f"--micro_batch_size={size} does not divide the {rows} sequences of a process: "
-            f"the nearest that work are {' and '.join(str(n) for n in works)}"
-        )
-    return below[-1]
+    T, total, size = settings.block_size, settings.total_batch_size, settings.micro_batch_size
+    fits = total // (T * world_size)
+    if total != fits * T * world_size:
+        nearest = " and ".join(str(n * T * world_size) for n in (fits, fits + 1) if n > 0)
+        problem = f"--total_batch_size={total} is not a multiple of block_size x processes = {T} x {world_size}"
+        raise UserError(f"{problem}: the nearest that work are {nearest}")
+    below = max(n for n in range(1, min(size, fits) + 1) if fits % n == 0)
+    if exact and below != size:
+        nearest = " and ".join([str(below)] + [str(n) for n in range(size + 1, fits + 1) if fits % n == 0][:1])
+        problem = f"--micro_batch_size={size} does not divide the {fits} sequences of a process"
+        raise UserError(f"{problem}: the nearest that work are {nearest}")
+    return below
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -700,26 +678,19 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if device.type == "cuda":  # torch.cuda.is_bf16_supported() also counts GPUs that only emulate it
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    cpu_features = (
-        torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    )
-    if any(present for feature, present in cpu_features.items() if "bf16" in feature):  # avx512_bf16, amx_bf16
-        return torch.bfloat16
-    return torch.float32
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # MPS, and torch before 2.12
+        return torch.float32
+    features = torch.cpu.get_capabilities()  # avx512_bf16 and amx_bf16 among them
+    return torch.bfloat16 if any(present for name, present in features.items() if "bf16" in name) else torch.float32
 
 
 def peak_flops(device):
     """What the device's matrix units can do in dense bf16, in FLOP/s, or None where that is not known here."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    data_centre = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-    desktop = {"RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}  # not their Ti, D and laptop relatives
-    for key, flops in data_centre.items():
-        if key in name:
-            return flops
-    for key, flops in desktop.items():
-        if name.endswith(key):
+    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+    peaks |= {"RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for key, flops in peaks.items():
+        if name.endswith(key) or (key in name and "RTX" not in key):  # a Ti, D or laptop RTX is another chip
             return flops
     return None
 
@@ -748,17 +719,14 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def compiler_works(device):
-    """Whether torch.compile can build and run a kernel here; if not, one line says why."""
+def why_not_compile(device):
+    """The kind of error that torch.compile ends in on this machine, or None where it works."""
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: (x * 2.0).sum())(x).backward()
-        return True
-    except (RuntimeError, ImportError, OSError) as error:  # no compiler, Triton, header or driver
-        print(
-            f"warning: torch.compile does not work here ({type(error).__name__}), running eager: slower, same results"
-        )
-        return False
+    except (RuntimeError, ImportError, OSError) as error:  # no compiler, no Triton, no header, no driver
+        return type(error).__name__
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -784,7 +752,8 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
         "scaler": scaler.state_dict(),
         "step": step,
         "settings": asdict(settings),
-        "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     path = Path(log_dir) / f"model_{step:05d}.pt"
     try:
@@ -802,16 +771,12 @@ def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Raises UserError where it is damaged or not one of ours."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = {"model": dict, "config": dict, "optimizer": dict, "scaler": dict, "step": int, "settings": dict}
-        for key, kind in kinds.items():
-            if not isinstance(checkpoint[key], kind):
-                raise TypeError(f"no {key}")
+        for key in ("model", "config", "optimizer", "scaler", "step", "settings", "rng", "cuda_rng"):
+            checkpoint[key]  # a missing one is a KeyError
         GPTConfig(**checkpoint["config"]), Settings(**checkpoint["settings"])
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is no checkpoint: it holds Python objects, which are refused, or is damaged"
-        ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds pickled Python objects, which are refused, or is damaged") from error
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, or no checkpoint of this script ({type(error).__name__})") from error
     return checkpoint
 
@@ -836,13 +801,14 @@ def restore(checkpoint, optimizer, scaler, settings):
     """Put back what the checkpoint holds beside the weights."""
     if checkpoint["settings"]["total_batch_size"] != settings.total_batch_size:
         raise UserError("--total_batch_size cannot change within a run: the place in the data follows from it")
-    if checkpoint["step"] > settings.max_steps:
-        raise UserError(
-            f"the checkpoint has {checkpoint['step']} updates: --max_steps={settings.max_steps} is behind it"
-        )
+    step = checkpoint["step"]
+    if step > settings.max_steps:
+        raise UserError(f"the checkpoint has {step} updates: --max_steps={settings.max_steps} would go back")
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
+    torch.set_rng_state(checkpoint["rng"])
+    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
 
 def build_model(settings, given, checkpoint):
@@ -870,9 +836,7 @@ def build_model(settings, given, checkpoint):
     elif settings.init_from in MODELS or os.path.isdir(settings.init_from):
         model = GPT.from_pretrained(settings.init_from)
     else:
-        raise UserError(
-            f"--init_from={settings.init_from} is no folder or file, nor one of scratch, {', '.join(MODELS)}"
-        )
+        raise UserError(f"--init_from={settings.init_from} is not there: name a file, a folder or {', '.join(MODELS)}")
     for name, value in shape_flags.items():
         if value != getattr(model.config, name):
             raise UserError(f"{source} has {name} {getattr(model.config, name)}, not {value}: leave that flag out")
@@ -894,36 +858,35 @@ def write_log(log_dir, line):
         file.write(line + "\n")
 
 
-def trim_log(log_dir, step):
+def prepare_log_dir(settings, start_step):
+    """Make log_dir ready for a new run, or for one that goes on after start_step updates."""
+    try:
+        Path(settings.log_dir).mkdir(parents=True, exist_ok=True)
+        if start_step > 0:
+            trim_log(Path(settings.log_dir) / "log.txt", start_step)
+        else:
+            set_aside_earlier_run(settings)
+    except OSError as error:
+        raise UserError(f"--log_dir={settings.log_dir} cannot be written: {error}") from error
+
+
+def trim_log(path, step):
     """Keep what was logged before `step`: the resumed run writes the rest again, so no line is doubled or missing."""
-    path = Path(log_dir) / "log.txt"
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [
-            line for line in lines if line.endswith("\n") and line.split()[0].isdigit() and int(line.split()[0]) < step
-        ]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = [re.match(r"(\d+) (train|val) \d", line) for line in lines]
+        kept = [line + "\n" for line, match in zip(lines, steps, strict=True) if match and int(match[1]) < step]
         replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
 
-def prepare_log_dir(settings, start_step):
-    """Make log_dir ready for a new run, or for one that goes on after start_step updates."""
+def set_aside_earlier_run(settings):
+    """Move a log and checkpoints that are in log_dir already to log_dir/earlier_N: nothing is overwritten."""
     log_dir = Path(settings.log_dir)
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        if start_step > 0:
-            trim_log(log_dir, start_step)
-        else:
-            set_aside_earlier_run(log_dir)
-    except OSError as error:
-        raise UserError(f"--log_dir={log_dir} cannot be written: {error}") from error
-
-
-def set_aside_earlier_run(log_dir):
-    """Move the log and the checkpoints of a run that was here before to log_dir/earlier_N: nothing is overwritten."""
-    files = list_checkpoints(log_dir) + [path for path in [Path(log_dir) / "log.txt"] if path.exists()]
+    files = list_checkpoints(log_dir) + [path for path in [log_dir / "log.txt"] if path.exists()]
+    if Path(settings.init_from).resolve() in [path.resolve() for path in files]:
+        raise UserError(f"--init_from={settings.init_from} is an earlier run's: name another --log_dir for this one")
     if files:
-        n = 1 + sum(1 for _ in Path(log_dir).glob("earlier_*"))
-        folder = Path(log_dir) / f"earlier_{n}"
+        folder = log_dir / f"earlier_{1 + sum(1 for _ in log_dir.glob('earlier_*'))}"
         folder.mkdir()
         for path in files:
             path.rename(folder / path.name)
@@ -1000,13 +963,15 @@ def train(settings, given, checkpoint):
         # TF32: float32 matrix products round their factors to 10 bits of fraction and still add up in float32. Three
         # times as fast (lecture, A100, 16 x 1024 tokens: 1000 to 333 ms).
         torch.set_float32_matmul_precision("high")
-    if ddp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if ddp and device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    elif ddp:
+        dist.init_process_group("gloo")
 
     # The precision. Autocast picks it operation by operation in the forward pass and the loss: matrix products in bf16,
     # half the bits to move and twice the arithmetic (lecture: 333 to 300 ms); softmax, norms and the loss, where
     # rounding would add up, in float32. The weights and the optimizer's state stay in float32.
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
     # In float16, small gradients would be zero. The scaler multiplies the loss by a large factor and divides the
     # gradients by it, and skips the update where one overflowed. With the other formats it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1019,7 +984,9 @@ def train(settings, given, checkpoint):
         dist.barrier()
     model = raw_model
     compiled = settings.compile == "True" or (settings.compile == "auto" and device.type == "cuda")
-    compiled = compiled and compiler_works(device)
+    if compiled and (error := why_not_compile(device)):
+        print0(f"warning: torch.compile does not work here ({error}), running eager: slower, with the same results")
+        compiled = False
     if compiled:
         # The compiler sees the whole network and fuses neighbouring operations into one kernel, which saves their trips
         # to memory (lecture: 300 to 130 ms; FlashAttention then 96, vocabulary 50304 93, fused AdamW 90).
@@ -1088,7 +1055,7 @@ def train(settings, given, checkpoint):
             print0(f"validation loss: {val_loss:.4f}")
             if logs:
                 write_log(settings.log_dir, f"{step} val {val_loss:.4f}")
-            if is_master:
+            if is_master and settings.num_samples:
                 print_samples(raw_model, encoding, settings, device, autocast)
 
         # Save.

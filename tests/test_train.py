@@ -80,7 +80,7 @@ def test_evaluation_and_samples_leave_training_unchanged(train, tmp_path):
     on, off = [torch.load(tmp_path / name / "model_00006.pt", weights_only=True) for name in ("on", "off")]
     assert losses(tmp_path / "on") == losses(tmp_path / "off")
     assert all(torch.equal(on["model"][name], off["model"][name]) for name in on["model"])
-    assert torch.equal(on["rng"]["cpu"], off["rng"]["cpu"])
+    assert torch.equal(on["rng"], off["rng"])
     assert len(losses(tmp_path / "on", "val")) == 7
     assert losses(tmp_path / "off", "val") == []
 
@@ -220,6 +220,14 @@ def test_a_new_run_moves_the_earlier_one_aside(train, tmp_path):
     assert (tmp_path / "log" / "earlier_1" / "log.txt").read_bytes() == first
     assert (tmp_path / "log" / "earlier_2" / "model_00002.pt").exists()
     assert len(losses(tmp_path / "log")) == 2
+
+
+def test_a_new_run_does_not_move_the_weights_it_starts_from(train, tmp_path):
+    train("--max_steps=2")
+    before = sorted(path.name for path in (tmp_path / "log").iterdir())
+    with pytest.raises(UserError, match="name another --log_dir"):
+        train(f"--init_from={tmp_path / 'log' / 'model_00002.pt'}")
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == before
 
 
 def test_keep_checkpoints(train, tmp_path):
@@ -458,7 +466,7 @@ def test_foreign_checkpoint_is_refused(train, tmp_path, content):
         ("--model=gpt2", "has n_layer 2, not 12"),
         ("--block_size=32", "has block_size 16"),
         ("--total_batch_size=256", "--total_batch_size cannot change"),
-        ("--max_steps=1", "the checkpoint has 2 updates"),
+        ("--max_steps=1", "the checkpoint has 2 updates: --max_steps=1"),
     ],
 )
 def test_resume_with_other_settings_than_the_checkpoint_is_refused(train, tmp_path, flag, message):
