@@ -12,7 +12,8 @@ The file is made to be read from top to bottom. Nothing in it needs something th
      3. Sampling                         9. Checkpoints
      4. The optimizer                   10. The log
      5. The data                        11. Evaluation
-     6. The learning rate               12. The training loop
+     6. The learning rate               12. The gradient of an update
+                                        13. The training loop
 
 Two papers say nearly all of what is to be reproduced. GPT-2 (Radford et al. 2019) has the model and GPT-3 (Brown et
 al. 2020) the training settings, which the first one leaves out. Shapes in comments: B sequences in a batch, T tokens
@@ -781,17 +782,17 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def newest_checkpoint(log_dir, warn):
+def newest_checkpoint(log_dir, tell):
     """The newest checkpoint that can be read, or None where there is none at all. Damaged ones are named and passed
     over; UserError where every one of them is."""
     paths = list_checkpoints(log_dir)
     for path in reversed(paths):
         try:
             checkpoint = load_checkpoint(path)
-            warn(f"resume: {path}")
+            tell(f"resume: {path}")
             return checkpoint
         except UserError as error:
-            warn(f"warning: {error}: trying the one before")
+            tell(f"warning: {error}: trying the one before")
     if paths:
         raise UserError(f"no checkpoint in {log_dir} can be read: to start anew, leave --resume out")
     return None
@@ -938,11 +939,46 @@ def print_samples(model, encoding, settings, device, autocast):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 12. The training loop
+# 12. The gradient of an update
+#
+# GPT-3's batch of half a million tokens fits on no GPU at once. But the loss is a mean, so its gradient can be made in
+# parts: micro-batch after micro-batch on each process, adding up, then the mean over the processes.
+
+
+def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scaler):
+    """Add the gradient of one update to the parameters' .grad; returns its mean loss, on the device.
+
+    model: as it trains, so perhaps compiled and wrapped in DDP. The result is the same for every division of the
+    update's tokens into processes and micro-batches, but for rounding.
+    """
+    ddp = loader.num_processes > 1
+    loss_accum = torch.zeros((), device=device)
+    for micro_step in range(grad_accum_steps):
+        x, y = loader.next_batch()
+        if device.type == "cuda":  # from pinned memory the copy runs by itself, while the GPU still computes
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        # DDP averages the gradients over the processes during a backward pass. Only the last one needs that. DDP
+        # prepares for it in the forward pass, so no_sync has to cover both.
+        last_micro_step = micro_step == grad_accum_steps - 1
+        with model.no_sync() if ddp and not last_micro_step else nullcontext():
+            with autocast:
+                _, loss = model(x, y)
+            loss = loss / grad_accum_steps  # gradients add up, and a mean is wanted
+            scaler.scale(loss).backward()
+        loss_accum += loss.detach()  # not loss.item(), which would wait for the GPU
+    if ddp:
+        dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)  # gloo, the CPU's, has no mean
+        loss_accum /= loader.num_processes
+    return loss_accum
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. The training loop
 
 
 def train(settings, given, checkpoint):
-    """Train, or only evaluate with max_steps 0. given: the flags, checkpoint: the one to resume from, or None."""
+    """Train, or with max_steps 0 only evaluate. given: the flags. checkpoint: the one to resume from, or None."""
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ddp = world_size > 1
@@ -954,7 +990,6 @@ def train(settings, given, checkpoint):
 
     # The hardware.
     device = pick_device(settings.device, local_rank, world_size)
-    dtype = pick_dtype(settings.dtype, device)
     torch.manual_seed(settings.seed)
     if device.type == "cpu":
         keep_freed_memory()
@@ -963,14 +998,14 @@ def train(settings, given, checkpoint):
         # TF32: float32 matrix products round their factors to 10 bits of fraction and still add up in float32. Three
         # times as fast (lecture, A100, 16 x 1024 tokens: 1000 to 333 ms).
         torch.set_float32_matmul_precision("high")
-    if ddp and device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    elif ddp:
-        dist.init_process_group("gloo")
+    if ddp:
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=device_id)
 
     # The precision. Autocast picks it operation by operation in the forward pass and the loss: matrix products in bf16,
     # half the bits to move and twice the arithmetic (lecture: 333 to 300 ms); softmax, norms and the loss, where
     # rounding would add up, in float32. The weights and the optimizer's state stay in float32.
+    dtype = pick_dtype(settings.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
     # In float16, small gradients would be zero. The scaler multiplies the loss by a large factor and divides the
     # gradients by it, and skips the update where one overflowed. With the other formats it does nothing.
@@ -994,8 +1029,7 @@ def train(settings, given, checkpoint):
     if ddp:
         model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
-    # The batch. GPT-3's half a million tokens fit on no GPU at once, but a gradient is a sum and can be made in parts:
-    # micro-batch after micro-batch, the gradients adding up, then one update.
+    # The data.
     settings.micro_batch_size = fit_micro_batch(settings, world_size, exact="micro_batch_size" in given)
     B, T = settings.micro_batch_size, settings.block_size
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
@@ -1018,31 +1052,25 @@ def train(settings, given, checkpoint):
         steps = torch.tensor([start_step, -start_step], device=device)
         dist.all_reduce(steps, op=dist.ReduceOp.MAX)
         if steps[0] != -steps[1]:
-            raise UserError(
-                "the processes found different checkpoints: --log_dir must be one folder that all machines see"
-            )
+            raise UserError("the processes found different checkpoints: --log_dir must be a folder that all share")
     train_loader.set_position(start_step * grad_accum_steps)
     logs = is_master and settings.max_steps > 0
     if logs:
         prepare_log_dir(settings, start_step)
 
     # What is about to happen.
-    params = f"{num_params:,} parameters"
-    shape = f"{raw_model.config.n_layer} layers, {raw_model.config.n_head} heads, {raw_model.config.n_embd} wide"
-    print0(
-        f"model: {params} ({shape}), {'compiled' if compiled else 'eager'}, {str(dtype)[6:]} on {world_size} x {device.type}"
-    )
+    c = raw_model.config
     epochs = settings.max_steps * settings.total_batch_size / train_loader.num_tokens
-    print0(f"data: {settings.data}, {train_loader.num_tokens:,} training tokens, read {epochs:.2f} times in this run")
-    print0(
-        f"update: {settings.total_batch_size:,} tokens = {B} x {T} x {grad_accum_steps} micro-steps x {world_size} processes"
-    )
+    print0(f"device: {world_size} x {device.type}, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}")
+    print0(f"model: {num_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide")
+    print0(f"data: {settings.data}, {train_loader.num_tokens:,} training tokens, {epochs:.2f} epochs in this run")
+    print0(f"update: {settings.total_batch_size:,} tokens: {B} x {T} in {grad_accum_steps} micro-steps x {world_size}")
     print0(f"results: {settings.log_dir}")
 
-    # FLOPs for a token, forward and backward: 6 for each weight but the positions (a multiplication and an addition, once
-    # forward, twice backward) and attention's two T x T products (PaLM, Chowdhery et al. 2022, appendix B).
-    config = raw_model.config
-    flops_per_token = 6 * (num_params - config.block_size * config.n_embd) + 12 * config.n_layer * config.n_embd * T
+    # What share of the hardware's arithmetic is used (MFU). A token costs 6 FLOPs for each weight but the positions: a
+    # multiplication and an addition, once forward and twice backward; and 12 for each layer, channel and token of
+    # context in attention's two products (PaLM, Chowdhery et al. 2022, appendix B).
+    flops_per_token = 6 * (num_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
     peak = peak_flops(device)
 
     step_seconds, train_loss, val_loss = [], math.nan, math.nan
@@ -1065,59 +1093,35 @@ def train(settings, given, checkpoint):
         if last_step:
             break
 
-        # Gradient.
+        # Gradient, cut to a length of at most grad_clip: one odd batch must not throw the weights far.
         t0 = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss_accum = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            x, y = train_loader.next_batch()
-            if device.type == "cuda":  # from pinned memory the copy runs by itself, while the GPU still computes
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            # DDP averages over the processes during the last backward pass; before it that would be wasted. It prepares
-            # for this in the forward pass already, so no_sync covers both.
-            last_micro_step = micro_step == grad_accum_steps - 1
-            with model.no_sync() if ddp and not last_micro_step else nullcontext():
-                with autocast:
-                    _, loss = model(x, y)
-                loss = loss / grad_accum_steps  # gradients add up, a mean is wanted
-                scaler.scale(loss).backward()
-            loss_accum += loss.detach()
-        if ddp:
-            dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)  # gloo has no average
-            loss_accum /= world_size
-        # A rare bad batch must not throw the weights far: the gradient of all processes is cut to this length.
+        loss_accum = accumulate_gradients(model, train_loader, grad_accum_steps, device, autocast, scaler)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
 
-        # Step. Reading a number is the only time in an update that the CPU waits for the GPU; until here it only queued
-        # work. It comes before the optimizer, so that a loss that is no number never reaches the weights.
+        # Step. Until here the CPU only queued work for the GPU. Now, once in an update, it waits, and so early that a
+        # loss that is not a number never reaches the weights.
         train_loss, norm = torch.stack((loss_accum, norm)).tolist()
         if not math.isfinite(train_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
             saved = [str(path) for path in list_checkpoints(settings.log_dir)] or ["none"]
-            raise UserError(
-                f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update. "
-                f"Last checkpoint: {saved[-1]}. Try a smaller --max_lr, or --dtype=float32"
-            )
+            problem = f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update"
+            raise UserError(f"{problem}. Last checkpoint: {saved[-1]}. Try a smaller --max_lr, or --dtype=float32")
         lr = get_lr(step, settings.max_steps, settings.warmup_steps, max_lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
 
-        # Log.
-        now = time.perf_counter()
-        step_seconds.append(now - t0)
-        if len(step_seconds) == 1:  # the first step compiles, and measures nothing
-            first_end, seconds_each = now, now - t0
-        else:
-            seconds_each = (now - first_end) / (len(step_seconds) - 1)
-        tokens_per_second = settings.total_batch_size / (now - t0)
+        # Log. The first step compiles, so no average has it.
+        step_seconds.append(time.perf_counter() - t0)
+        tokens_per_second = settings.total_batch_size / step_seconds[-1]
         mfu = f"mfu {100 * flops_per_token * tokens_per_second / (peak * world_size):.1f}% | " if peak else ""
-        left = timedelta(seconds=round(seconds_each * (settings.max_steps - step - 1)))
+        left = (settings.max_steps - step - 1) * statistics.fmean(step_seconds[1:] or step_seconds)
         print0(
             f"step {step:5d} | loss {train_loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
-            f"dt {1000 * (now - t0):.2f}ms | tok/s {tokens_per_second:.0f} | {mfu}left {left}"
+            f"dt {1000 * step_seconds[-1]:.2f}ms | tok/s {tokens_per_second:.0f} | "
+            f"{mfu}left {timedelta(seconds=round(left))}"
         )
         if logs:
             write_log(settings.log_dir, f"{step} train {train_loss:.6f}")
@@ -1129,8 +1133,8 @@ def train(settings, given, checkpoint):
         print0(
             f"done: {len(step_seconds)} updates | median dt {1000 * median:.2f}ms | "
             f"tok/s {settings.total_batch_size / median:.0f} | "
-            + (f"peak memory {memory / 1e9:.2f} GB | " if memory else "")
-            + f"train loss {train_loss:.4f} | val loss {val_loss:.4f}"
+            f"{f'peak memory {memory / 1e9:.2f} GB | ' if memory else ''}"
+            f"train loss {train_loss:.4f} | val loss {val_loss:.4f}"
         )
     if ddp:
         dist.destroy_process_group()
@@ -1141,9 +1145,8 @@ def main(argv=None):
     is_master = os.environ.get("RANK", "0") == "0"
     checkpoint = None
     if given.get("resume"):
-        checkpoint = newest_checkpoint(
-            given.get("log_dir", HERE / "log"), warn=print if is_master else lambda text: None
-        )
+        tell = print if is_master else lambda text: None
+        checkpoint = newest_checkpoint(given.get("log_dir", HERE / "log"), tell)
     settings = make_settings(given, checkpoint and checkpoint["settings"])
     if is_master and settings.data == str(HERE / "input.txt") and "data" not in given:
         print("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
@@ -1152,9 +1155,9 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         remedy = "use a smaller --block_size or model"
         if settings.micro_batch_size > 1:
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
             settings.micro_batch_size -= 1
-            remedy = f"use --micro_batch_size={fit_micro_batch(settings, world_size, exact=False)}"
+            smaller = fit_micro_batch(settings, int(os.environ.get("WORLD_SIZE", "1")), exact=False)
+            remedy = f"use --micro_batch_size={smaller}"
         raise UserError(f"out of GPU memory: {remedy}") from error
 
 
