@@ -47,7 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from fineweb import UserError, gpt2_encoding
+from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file
 
 HERE = Path(__file__).resolve().parent
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
@@ -57,19 +57,6 @@ MODELS = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
 }
-
-
-def replace_file(path, write):
-    """Let write(temporary_path) make a file, then rename it to path: whoever looks sees the old file or the new one,
-    never half of one, even if the power fails in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk, not just in the system's memory, before the name points to it
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -547,11 +534,6 @@ TEXT_FILE_SETTINGS = {
     "val_tokens": 2048,
     "prompt": "ROMEO:\n",
 }
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
 def parse_bool(text):
