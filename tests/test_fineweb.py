@@ -1,0 +1,267 @@
+"""fineweb.py, with `datasets` really reading small files: the same bytes however it is run, interrupted, or restarted."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import ROOT, TINY, write_bin
+from pyarrow import parquet
+
+import fineweb
+import train_gpt2
+from fineweb import UserError, gpt2_encoding
+
+SIZE = 10_000  # tokens in a shard
+
+
+def make_documents(count, seed=0):
+    rng = random.Random(seed)
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    documents = []
+    for _ in range(count):
+        start, length = rng.randrange(len(text) - 2000), rng.choice([1, 20, 200, 2000])
+        documents.append(text[start : start + length])
+    documents[3] = "An <|endoftext|> inside is text. Café 東京 \U0001f600 \x00 \r\n"
+    documents[5], documents[7] = "", None
+    return documents
+
+
+def write_hub_layout(folder, documents, files=3):
+    """As HuggingFaceFW/fineweb-edu is laid out, with small row groups."""
+    (folder / "sample" / "10BT").mkdir(parents=True)
+    header = (
+        "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+    )
+    (folder / "README.md").write_text(header, encoding="utf-8")
+    for i in range(files):
+        part = documents[len(documents) * i // files : len(documents) * (i + 1) // files]
+        table = pa.table({"text": pa.array(part, pa.string()), "id": [f"<urn:{i}:{j}>" for j in range(len(part))]})
+        parquet.write_table(table, folder / "sample" / "10BT" / f"{i:03d}_00000.parquet", row_group_size=100)
+
+
+def plain_tokens(documents):
+    """An independent tokenization, a document at a time."""
+    encoding, tokens = gpt2_encoding(), []
+    for document in documents:
+        if document:
+            tokens += [encoding.eot_token, *encoding.encode_ordinary(document)]
+    return np.array(tokens, dtype=np.uint16)
+
+
+def read_shards(folder):
+    """The folder's tokens end to end; checks names, sizes and types on the way."""
+    paths = sorted(folder.glob("*.npy"), key=lambda path: path.stem[-6:])
+    assert [path.name[:-11] for path in paths] == ["edufineweb_val"] + ["edufineweb_train"] * (len(paths) - 1)
+    assert [int(path.stem[-6:]) for path in paths] == list(range(len(paths)))  # none is missing
+    shards = [np.load(path, allow_pickle=False) for path in paths]
+    assert all(shard.dtype == np.uint16 and shard.ndim == 1 for shard in shards)
+    assert all(len(shard) == SIZE for shard in shards[:-1])
+    assert 0 < len(shards[-1]) <= SIZE
+    return np.concatenate(shards)
+
+
+def read_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "index.json"}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "fineweb-edu"
+    documents = make_documents(2500)
+    write_hub_layout(folder, documents)
+    return folder, documents
+
+
+@pytest.fixture(scope="module")
+def reference(hub, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference")
+    fineweb.main([f"--dataset={hub[0]}", f"--out={out}", f"--shard_size={SIZE}", "--num_proc=1"])
+    return out
+
+
+def test_shards_are_the_documents_tokens(hub, reference):
+    expected = plain_tokens(hub[1])
+    assert np.array_equal(read_shards(reference), expected)
+    index = json.loads((reference / "index.json").read_text(encoding="utf-8"))
+    assert index["complete"]
+    assert (index["documents"], index["skipped"], index["tokens"]) == (2498, 2, len(expected))
+    assert sum(shard["tokens"] for shard in index["shards"]) == len(expected)
+    assert len(read_bytes(reference)) == len(index["shards"]) == -(-len(expected) // SIZE)
+
+
+@pytest.mark.parametrize("flags", [["--num_proc=2"], ["--num_proc=3", "--streaming"], ["--num_proc=1", "--streaming"]])
+def test_shards_are_the_same_however_they_are_made(hub, reference, tmp_path, flags):
+    fineweb.main([f"--dataset={hub[0]}", f"--out={tmp_path}", f"--shard_size={SIZE}", *flags])
+    assert read_bytes(tmp_path) == read_bytes(reference)
+
+
+def start(hub, out, *flags, limit=None):
+    command = [sys.executable, str(ROOT / "fineweb.py"), f"--dataset={hub[0]}", f"--out={out}", f"--shard_size={SIZE}"]
+    limits = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen([*command, *flags], start_new_session=True, preexec_fn=limits, **pipes)  # noqa: PLW1509
+
+
+@pytest.mark.parametrize("flags", [["--num_proc=2"], ["--num_proc=1", "--streaming"]])
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(hub, reference, tmp_path, flags):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng, kills, total = random.Random(seed), 0, len(list(reference.glob("*.npy")))
+    while kills < 3:
+        process = start(hub, tmp_path, *flags)
+        wanted = len(list(tmp_path.glob("*.npy"))) + rng.randrange(total // 4)
+        while len(list(tmp_path.glob("*.npy"))) <= wanted and process.poll() is None:
+            time.sleep(0.001)  # until some more shards are there
+        process.kill()
+        process.communicate()  # returns when the workers, which share the pipes, have ended too
+        kills += 1
+    process = start(hub, tmp_path, *flags)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "2,498 documents (2 empty or not text, skipped)" in out
+    assert read_bytes(tmp_path) == read_bytes(reference)
+
+
+def test_interrupted_it_says_so_in_one_line(hub, reference, tmp_path):
+    process = start(hub, tmp_path, "--num_proc=2")
+    while not list(tmp_path.glob("*.npy")) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "fineweb.py: interrupted: the same command goes on where it was"
+    assert "Traceback" not in err
+    done = {name: content for name, content in read_bytes(tmp_path).items() if name.endswith(".npy")}
+    assert done.items() <= read_bytes(reference).items()
+
+
+def test_no_disk_space_leaves_finished_shards(hub, reference, tmp_path):
+    process = start(hub, tmp_path, "--num_proc=1", "--streaming", limit=SIZE)  # a shard needs twice that
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "cannot be written (File too large)" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+
+
+def test_finished_folder_is_left_as_it_is(hub, reference, capsys):
+    before = {path: path.stat().st_mtime_ns for path in reference.iterdir()}
+    fineweb.main([f"--dataset={hub[0]}", f"--out={reference}", f"--shard_size={SIZE}"])
+    assert {path: path.stat().st_mtime_ns for path in reference.iterdir()} == before
+
+
+def test_max_tokens_and_shuffle(hub, tmp_path):
+    fineweb.main([f"--dataset={hub[0]}", f"--out={tmp_path / 'a'}", f"--shard_size={SIZE}", "--max_tokens=12345"])
+    assert np.array_equal(read_shards(tmp_path / "a"), plain_tokens(hub[1])[:12345])
+    fineweb.main([f"--dataset={hub[0]}", f"--out={tmp_path / 'b'}", f"--shard_size={SIZE}", "--shuffle=7"])
+    order = np.random.default_rng(7).permutation(len(hub[1]))
+    assert np.array_equal(read_shards(tmp_path / "b"), plain_tokens([hub[1][i] for i in order]))
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps({"words": text}) + "\n" for text in documents), encoding="utf-8")
+
+
+def write_texts(folder, documents):
+    folder.mkdir()
+    for i, text in enumerate(documents):
+        (folder / f"{i:03d}.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_own_files(tmp_path, streaming):
+    documents = [text for text in make_documents(60) if text and "\r" not in text and text.strip()]
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    write_texts(tmp_path / "texts", documents)
+    parquet.write_table(pa.table({"text": documents}), tmp_path / "a.parquet")
+    for dataset, flags in [("a.jsonl", ["--text_column=words"]), ("texts", []), ("a.parquet", [])]:
+        out = tmp_path / f"out_{dataset}"
+        flags = [*flags, *streaming, "--num_proc=1", f"--shard_size={SIZE}"]
+        fineweb.main([f"--dataset={tmp_path / dataset}", f"--out={out}", *flags])
+        assert np.array_equal(read_shards(out), plain_tokens(documents))
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text_column=body"], "has no column body: choose --text_column among "),
+        (["--name=sample-99BT"], "cannot be loaded: .*sample-99BT"),
+        (["--split=test"], "cannot be loaded: .*test"),
+        (["--dataset=nobody/nothing"], "nobody/nothing cannot be loaded"),
+        (["--dataset=EMPTY"], "has no .jsonl, .json, .parquet or .txt file"),
+        (["--dataset=DAMAGED"], "cannot be (loaded|read): "),
+    ],
+)
+def test_bad_data_set_is_refused_in_one_line(hub, tmp_path, flags, message, streaming):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    source = next(hub[0].glob("sample/10BT/*.parquet"))
+    (tmp_path / "damaged" / "a.parquet").write_bytes(source.read_bytes()[:-3000])
+    flags = [
+        flag.replace("EMPTY", str(tmp_path / "empty")).replace("DAMAGED", str(tmp_path / "damaged")) for flag in flags
+    ]
+    with pytest.raises(UserError, match=message) as error:
+        fineweb.main([f"--dataset={hub[0]}", f"--out={tmp_path / 'out'}", *flags, *streaming, "--num_proc=1"])
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("*.npy*"))
+
+
+def test_other_settings_or_foreign_shards_are_not_mixed_in(hub, reference, tmp_path):
+    before = read_bytes(reference)
+    for flags, message in [
+        (["--shard_size=20000"], f"--shard_size={SIZE}, not 20000: name another --out"),
+        ([f"--shard_size={SIZE}", "--max_tokens=100"], "--max_tokens=None, not 100"),
+        ([f"--shard_size={SIZE}", "--shuffle=1"], "--shuffle=None, not 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            fineweb.main([f"--dataset={hub[0]}", f"--out={reference}", *flags])
+    assert read_bytes(reference) == before
+    np.save(tmp_path / "someone_train_000000.npy", np.zeros(5, dtype=np.uint16))
+    with pytest.raises(UserError, match="holds shards but no index.json"):
+        fineweb.main([f"--dataset={hub[0]}", f"--out={tmp_path}"])
+
+
+def test_verify_names_the_changed_shards(reference, tmp_path, capsys):
+    fineweb.main([f"--out={reference}", "--verify"])
+    assert "shards are as they were written (complete)" in capsys.readouterr().out
+    for path in reference.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    changed = tmp_path / "edufineweb_train_000003.npy"
+    content = bytearray(changed.read_bytes())
+    content[-7] ^= 4
+    changed.write_bytes(content)
+    (tmp_path / "edufineweb_train_000005.npy").unlink()
+    with pytest.raises(UserError, match=r"edufineweb_train_000003\.npy, edufineweb_train_000005\.npy"):
+        fineweb.main([f"--out={tmp_path}", "--verify"])
+    with pytest.raises(UserError, match=r"no index\.json"):
+        fineweb.main([f"--out={tmp_path / 'nowhere'}", "--verify"])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--shard_size=0"], ["--num_proc=-1"], ["--shuffle=1", "--streaming"], ["--shards=5"], ["--max_tokens=x"]]
+)
+def test_wrong_flag_exits_with_status_2(capsys, flags):
+    with pytest.raises(SystemExit) as error:
+        fineweb.main(flags)
+    assert error.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_prepared_folder_trains_and_so_do_llm_c_shards(reference, tmp_path):
+    flags = [*TINY, "--max_steps=2"]
+    train_gpt2.main([*flags, f"--data={reference}", f"--log_dir={tmp_path / 'npy'}"])
+    (tmp_path / "bin").mkdir()
+    for path in reference.glob("*.npy"):
+        write_bin(tmp_path / "bin" / f"{path.stem}.bin", np.load(path))
+    train_gpt2.main([*flags, f"--data={tmp_path / 'bin'}", f"--log_dir={tmp_path / 'log'}"])
+    assert Path(tmp_path / "npy" / "log.txt").read_bytes() == Path(tmp_path / "log" / "log.txt").read_bytes()
