@@ -50,6 +50,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import hellaswag
+
 # UserError: a mistake that the user can mend, shown in one line. replace_file: writes a file whole or not at all.
 from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file
 
@@ -542,6 +544,7 @@ class Settings:
     seed: int = setting(1337, "optimisation", "seed of the initial weights and of the samples")
     eval_interval: int = setting(250, "evaluation", "updates between evaluations; 0 never evaluates")
     val_tokens: int = setting(10485760, "evaluation", "validation tokens in an evaluation")
+    hellaswag: str = setting("official", "evaluation", "official, off, or a local JSON-lines file")
     checkpoint_interval: int = setting(5000, "evaluation", "updates between checkpoints; 0 saves at the end only")
     keep_checkpoints: int = setting(0, "evaluation", "newest checkpoints to keep; 0 keeps all")
     prompt: str = setting("Hello, I'm a language model,", "evaluation", "text that the samples continue")
@@ -564,6 +567,7 @@ TEXT_FILE_SETTINGS = {
     "max_lr": 3e-4,
     "eval_interval": 20,
     "val_tokens": 2048,
+    "hellaswag": "off",
     "prompt": "ROMEO:\n",
 }
 
@@ -890,7 +894,7 @@ def trim_log(path, step):
     """Keep what was logged before `step`: the resumed run writes the rest again, so no line is doubled or missing."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        steps = [re.match(r"(\d+) (train|val) \d", line) for line in lines]
+        steps = [re.match(r"(\d+) (train|val|hella) \d", line) for line in lines]
         kept = [line + "\n" for line, match in zip(lines, steps, strict=True) if match and int(match[1]) < step]
         replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
@@ -941,6 +945,40 @@ def evaluate(model, loader, val_tokens, device, autocast):
     if loader.num_processes > 1:
         dist.all_reduce(val_loss, op=dist.ReduceOp.SUM)
     return val_loss.item()
+
+
+def load_hellaswag(source, rank, world_size, device, print0):
+    """The tokenized examples, for all processes, on the CPU. Rank 0 alone fetches them, and sends them to the others.
+
+    None where the official file cannot be fetched: training goes on without. UserError where a local one is bad.
+    """
+    rows = None
+    if rank == 0:
+        try:
+            rows = hellaswag.tokenize(hellaswag.load_examples(source))
+        except UserError as error:
+            if source != "official":
+                raise
+            print0(f"warning: {error}. Training goes on without HellaSwag (--hellaswag=off)")
+    if world_size > 1:
+        sizes = torch.tensor([len(values) for values in rows] if rows else [0, 0, 0, 0], device=device)
+        dist.broadcast(sizes, src=0)
+        tensors = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes.tolist()]
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(rows[i] if rank == 0 and rows else tensor)
+            dist.broadcast(tensor, src=0)
+        rows = hellaswag.Rows(*(tensor.cpu() for tensor in tensors)) if sizes[0] > 0 else None
+    return rows
+
+
+def evaluate_hellaswag(model, rows, rank, world_size, device, autocast):
+    """The number of examples, of all in rows, that the model gets right (acc_norm)."""
+    with autocast:
+        sums = hellaswag.ending_losses(model, rows, device, rank, world_size)  # (M, 4)
+    if world_size > 1:
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+    correct, _ = hellaswag.count_correct(sums, rows, model.config.block_size)
+    return correct
 
 
 def print_samples(model, encoding, settings, device, autocast):
@@ -1051,7 +1089,9 @@ def train(settings, given, checkpoint):
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data)
     val_loader = DataLoaderLite(B, T, rank, world_size, "val", settings.data) if settings.eval_interval else None
-    encoding = gpt2_encoding()
+    encoding, hella_rows = gpt2_encoding(), None
+    if settings.eval_interval and settings.hellaswag != "off":
+        hella_rows = load_hellaswag(settings.hellaswag, rank, world_size, device, print0)
 
     # The optimizer.
     num_params = sum(p.numel() for p in raw_model.parameters())
@@ -1101,6 +1141,12 @@ def train(settings, given, checkpoint):
             print0(f"validation loss: {val_loss:.4f}")
             if writes_log:
                 write_log(settings.log_dir, f"{step} val {val_loss:.4f}")
+            if hella_rows:
+                correct = evaluate_hellaswag(raw_model, hella_rows, rank, world_size, device, autocast)
+                total = len(hella_rows.labels)
+                print0(f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f}")
+                if writes_log:
+                    write_log(settings.log_dir, f"{step} hella {correct / total:.4f}")
             if is_master and settings.num_samples:
                 print_samples(raw_model, encoding, settings, device, autocast)
 

@@ -23,7 +23,7 @@ TINY = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"),
     *("--total_batch_size=128", "--micro_batch_size=2", "--warmup_steps=2", "--max_steps=6", "--max_lr=1e-2"),
     *("--eval_interval=2", "--val_tokens=200", "--num_samples=2", "--max_new_tokens=4", "--checkpoint_interval=2"),
-    *("--device=cpu", "--dtype=float32"),
+    *("--device=cpu", "--dtype=float32", "--hellaswag=off"),
 ]
 
 

@@ -1,0 +1,207 @@
+"""HellaSwag: the fast evaluation predicts what a plain one-example-at-a-time loop predicts."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY, read_log, run_script
+from torch.nn import functional as F
+
+import hellaswag
+import train_gpt2
+from fineweb import UserError, gpt2_encoding
+from train_gpt2 import GPT, GPTConfig
+
+CPU = torch.device("cpu")
+
+
+def make_examples(count, seed=0):
+    """Made-up examples of very different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "then",
+        "it",
+        "went",
+        "home",
+        "because",
+        "rain",
+        "fell",
+        "upon",
+        "roofs",
+        "of",
+        "slate",
+    ]
+
+    def sentence(low, high):
+        return " ".join(words[number(0, len(words))] for _ in range(number(low, high)))
+
+    return [
+        {"ctx": sentence(1, 60).capitalize(), "endings": [sentence(1, 20) for _ in range(4)], "label": number(0, 4)}
+        for _ in range(count)
+    ]
+
+
+def write_examples(path, examples):
+    path.write_text("".join(json.dumps({"ind": i, **e}) + "\n" for i, e in enumerate(examples)), encoding="utf-8")
+    return path
+
+
+def make_model(seed=0, block_size=128):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)  # opinions of its own
+    return model
+
+
+@torch.no_grad()
+def plain_losses(model, examples):
+    """The summed loss of each ending, one row at a time: (M, 4); and the endings' lengths."""
+    encoding = gpt2_encoding()
+    sums, counts = [], []
+    for example in examples:
+        context = encoding.encode(example["ctx"])
+        for text in example["endings"]:
+            ending = encoding.encode(" " + text)
+            row = torch.tensor([context + ending])
+            losses = F.cross_entropy(model(row[:, :-1])[0][0], row[0, 1:], reduction="none")
+            sums.append(losses[-len(ending) :].sum())
+            counts.append(len(ending))
+    return torch.stack(sums).view(-1, 4), torch.tensor(counts).view(-1, 4)
+
+
+def test_losses_of_a_case_worked_by_hand():
+    """A model whose logits are all 0 finds every token equally unlikely."""
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    rows = hellaswag.tokenize([{"ctx": "A man", "endings": ["sits down", "runs", "eats a pie.", "is"], "label": 3}])
+    assert rows.endings.tolist() == [2, 1, 4, 1]
+    assert rows.lengths.tolist() == [4, 3, 6, 3]
+    assert rows.tokens[:4].tolist() == gpt2_encoding().encode("A man sits down")
+    sums = hellaswag.ending_losses(model, rows, CPU)
+    assert sums[0].tolist() == pytest.approx([n * math.log(50304) for n in (2, 1, 4, 1)])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_equals_one_example_at_a_time(seed):
+    examples, model = make_examples(60, seed), make_model(seed)
+    rows = hellaswag.tokenize(examples)
+    expected, counts = plain_losses(model, examples)
+    assert torch.equal(rows.endings.view(-1, 4), counts)
+    for batch_tokens in (1, 100, 2048, 10**6):  # batch size and order change nothing
+        sums = hellaswag.ending_losses(model, rows, CPU, batch_tokens=batch_tokens)
+        assert torch.allclose(sums, expected, rtol=1e-5, atol=1e-4)
+        by_mean = ((expected / counts).argmin(1) == rows.labels).sum()
+        by_sum = (expected.argmin(1) == rows.labels).sum()
+        assert hellaswag.count_correct(sums, rows, 128) == (by_mean, by_sum)
+
+
+def test_any_number_of_processes_shares_the_work():
+    examples, model = make_examples(7), make_model()
+    rows = hellaswag.tokenize(examples)
+    whole = hellaswag.ending_losses(model, rows, CPU, batch_tokens=200)
+    for world_size in (1, 2, 5, 40):  # more than there are batches, too
+        parts = [hellaswag.ending_losses(model, rows, CPU, rank, world_size, 200) for rank in range(world_size)]
+        assert torch.equal(sum(parts), whole)
+
+
+def test_rows_longer_than_the_context_keep_their_end():
+    examples, model = make_examples(20), make_model(block_size=12)
+    rows = hellaswag.tokenize(examples)
+    sums = hellaswag.ending_losses(model, rows, CPU, batch_tokens=64)
+    encoding = gpt2_encoding()
+    for example, found in zip(examples, sums, strict=True):
+        for text, loss in zip(example["endings"], found, strict=True):
+            ending = encoding.encode(" " + text)
+            row = torch.tensor([(encoding.encode(example["ctx"]) + ending)[-13:]])
+            losses = F.cross_entropy(model(row[:, :-1])[0][0], row[0, 1:], reduction="none")
+            assert loss.item() == pytest.approx(losses[-len(ending) :].sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_in_training_on_any_number_of_processes(tmp_path, shards, nproc):
+    data = write_examples(tmp_path / "hella.jsonl", make_examples(30))
+    flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path / 'log'}", f"--hellaswag={data}", "--max_steps=2"]
+    run = run_script(*flags, nproc=nproc)
+    assert run.returncode == 0, run.stderr
+    rows = hellaswag.tokenize(make_examples(30))
+    for step, where in ((0, None), (2, tmp_path / "log" / "model_00002.pt")):
+        torch.manual_seed(1337)
+        model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+        if where:
+            model.load_state_dict(train_gpt2.load_checkpoint(where)["model"])
+        correct, _ = hellaswag.count_correct(hellaswag.ending_losses(model, rows, CPU), rows, 16)
+        assert (step, "hella", f"{correct / 30:.4f}") in read_log(tmp_path / "log")
+        assert f"HellaSwag accuracy: {correct}/30={correct / 30:.4f}" in run.stdout
+    assert [entry[:2] for entry in read_log(tmp_path / "log")] == [
+        *[(0, "val"), (0, "hella"), (0, "train"), (1, "train"), (2, "val"), (2, "hella")]
+    ]
+
+
+def test_training_is_unchanged_and_resumes_with_it(train, tmp_path):
+    data = write_examples(tmp_path / "hella.jsonl", make_examples(10))
+    train(f"--log_dir={tmp_path / 'off'}")
+    train(f"--hellaswag={data}")
+    whole = (tmp_path / "log" / "log.txt").read_bytes()
+    losses = [entry for entry in read_log(tmp_path / "log") if entry[1] != "hella"]
+    assert losses == read_log(tmp_path / "off")
+    (tmp_path / "log" / "model_00006.pt").unlink()
+    train_gpt2.main([f"--log_dir={tmp_path / 'log'}", "--resume"])
+    assert (tmp_path / "log" / "log.txt").read_bytes() == whole
+
+
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_unreachable_official_file_does_not_stop_training(tmp_path, shards, nproc):
+    flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path / 'log'}", "--hellaswag=official", "--max_steps=1"]
+    run = run_script(*flags, nproc=nproc)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Training goes on without HellaSwag") == 1
+    assert "hella" not in {kind for _, kind, _ in read_log(tmp_path / "log")}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not there"),
+        ("", "HellaSwag cannot be had|holds no example"),
+        ("not json\n", "HellaSwag cannot be had"),
+        ('{"ctx": "A"}\n', "HellaSwag cannot be had"),
+        ('{"ctx": "A", "endings": ["a", "b", "c"], "label": 1}\n', "HellaSwag cannot be had"),
+        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 7}\n', "HellaSwag cannot be had"),
+    ],
+)
+def test_bad_local_file_is_refused_in_one_line(train, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "hella.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as error:
+        train(f"--hellaswag={tmp_path / 'hella.jsonl'}", "--max_steps=1")
+    assert "\n" not in str(error.value)
+
+
+def test_command_line(tmp_path, capsys):
+    model, examples = make_model(), make_examples(12)
+    model.save_pretrained(tmp_path / "model")
+    data = write_examples(tmp_path / "hella.jsonl", examples)
+    hellaswag.main(["-m", str(tmp_path / "model"), "-d", "cpu", f"--data={data}", "--limit=9", "--show=2"])
+    out = capsys.readouterr().out
+    small = GPT.from_pretrained(tmp_path / "model")
+    sums, counts = plain_losses(small, examples[:9])
+    labels = torch.tensor([example["label"] for example in examples[:9]])
+    acc, acc_norm = [(values.argmin(1) == labels).float().mean().item() for values in (sums, sums / counts)]
+    assert f"acc {acc:.4f}, acc_norm {acc_norm:.4f}, N = 9, completion style" in out
+    assert out.count("Context: ") == 2
+    assert f"(loss {(sums / counts)[1, 2].item():.4f}) {examples[1]['endings'][2]}" in out
