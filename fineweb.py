@@ -44,11 +44,36 @@ class UserError(Exception):
     """A mistake that the user can mend: the message is one line that says what is wrong and what to do."""
 
 
+class FlagError(UserError):
+    """A UserError in the flags themselves, which ends in exit status 2 instead of 1."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is answered in one line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        raise FlagError(f"{message} (--help lists the flags)")
+
+
+def run_script(main, name, interrupted):
+    """Run a script's main: mistakes of its user, and Ctrl-C, end it in one line on stderr.
+
+    Of the processes of torchrun, the first speaks for all. The others wait to be ended with it; one that is still there
+    after ten seconds has a trouble of its own.
+    """
+    sys.stdout.reconfigure(errors="replace")  # a text may hold characters that the terminal cannot show
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, FlagError) else 1)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted: {interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os._exit(1)
 
 
 def replace_file(path, write):
@@ -399,9 +424,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"fineweb.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nfineweb.py: interrupted: the same command goes on where it was")
+    run_script(main, "fineweb.py", interrupted="the same command goes on where it was")

@@ -12,14 +12,13 @@ gpt2-xl: 0.3842, 0.4893.
 Importing this file runs nothing, needs no network, and does not import `datasets`.
 """
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fineweb import OneLineParser, UserError, gpt2_encoding
+from fineweb import OneLineParser, UserError, gpt2_encoding, run_script
 
 OFFICIAL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 
@@ -171,10 +170,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"hellaswag.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nhellaswag.py: interrupted")
+    run_script(main, "hellaswag.py", interrupted="nothing was kept")

@@ -28,6 +28,7 @@ import bisect
 import ctypes
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,7 @@ import re
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +54,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hellaswag
 
 # UserError: a mistake that the user can mend, shown in one line. replace_file: writes a file whole or not at all.
-from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file
+from fineweb import FlagError, OneLineParser, UserError, gpt2_encoding, replace_file, run_script
 
 HERE = Path(__file__).resolve().parent
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
@@ -227,7 +228,7 @@ class GPT(nn.Module):
             files = ["config.json", "model.safetensors"]
             try:
                 folder = Path(snapshot_download(f"openai-community/{name_or_folder}", allow_patterns=files))
-            except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+            except Exception as error:  # the network has dozens of kinds
                 message = f"{name_or_folder} could not be fetched from the Hugging Face hub ({type(error).__name__})"
                 raise UserError(f"{message}: check the network, or name a folder that holds it") from error
         sizes = {  # our names for them, and OpenAI's
@@ -245,7 +246,7 @@ class GPT(nn.Module):
             tensors = {}
             for file in sorted(folder.glob("*.safetensors")):  # large models come in several files
                 tensors.update(load_file(file))
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
             raise UserError(f"{folder} is not a folder of GPT-2 weights: {error}") from error
         if not tensors:
             raise UserError(f"{folder} has no .safetensors file (pickled .bin weights are never read): save it as such")
@@ -268,13 +269,12 @@ class GPT(nn.Module):
             tensor = tensors.get(name, tensors.get(short_name))
             if tensor is None:
                 raise UserError(f"{folder}: the tensor {short_name} is missing")
-            if name.endswith(cls.TRANSPOSED):
-                tensor = tensor.t()
-            if tensor.shape != parameter.shape:
-                shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"
+            target = parameter.detach()  # the same memory, without autograd
+            target = target.t() if name.endswith(cls.TRANSPOSED) else target
+            if tensor.shape != target.shape:
+                shapes = f"{list(tensor.shape)}, not {list(target.shape)}"
                 raise UserError(f"{folder}: the tensor {short_name} has the shape {shapes}")
-            with torch.no_grad():
-                parameter.copy_(tensor)
+            target.copy_(tensor)
         return model
 
     def save_pretrained(self, folder):
@@ -335,7 +335,7 @@ class GPT(nn.Module):
             # Ids that only pad the vocabulary stand for no text: the tokenizer could not decode one.
             logits[:, GPT2_VOCAB_SIZE:] = -math.inf
             logits, ids = torch.topk(logits, min(top_k or logits.size(1), logits.size(1)))  # both (B, k)
-            probs = F.softmax(logits / temperature, dim=1)
+            probs = F.softmax((logits - logits[:, :1]) / temperature, dim=1)  # less the largest: no overflow
             choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, ids.gather(1, choice)), dim=1)
         return idx
@@ -365,7 +365,7 @@ class GPT(nn.Module):
 #
 # Training data is one long row of token ids, cut into files of 100M tokens (shards). fineweb.py makes them.
 
-SHARD_NAME = r".*_{split}(_\d+)?\.(npy|bin)"  # edufineweb_train_000001.npy; llm.c: tiny_shakespeare_val.bin
+SHARD_NAME = r"[^.].*_{split}(_\d+)?\.(npy|bin)"  # edufineweb_train_000001.npy; llm.c: tiny_shakespeare_val.bin
 
 
 def open_shard(path):
@@ -389,7 +389,7 @@ def open_shard(path):
                 raise ValueError(f"its header promises {num_tokens} tokens, its size is {path.stat().st_size} bytes")
         if num_tokens == 0:
             raise ValueError("it is empty")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # what numpy raises for a damaged header is of many kinds
         raise UserError(f"the shard {path} cannot be used: {error}") from error
     return path, offset, num_tokens
 
@@ -414,7 +414,7 @@ def read_shard(shard, start, count):
 def tokenize_file(path):
     """A text file's tokens: uint16."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows puts in front
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a UTF-8 text file: {error}") from error
     return np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
@@ -610,20 +610,21 @@ def make_settings(given, saved=None):
         data = given.get("data", str(fineweb if fineweb.exists() else shakespeare))
         saved = {"data": data, "log_dir": str(HERE / "log")} | (TEXT_FILE_SETTINGS if os.path.isfile(data) else {})
     settings = Settings(**(saved | given))
+    if os.path.exists(settings.data):
+        settings.data = os.path.abspath(settings.data)  # a run may be resumed from another folder
 
     at_least_1 = ["n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "micro_batch_size", "val_tokens"]
     for f in fields(Settings):
-        value = getattr(settings, f.name)
-        least = 1 if f.name in at_least_1 else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise UserError(f"--{f.name}={value} is not allowed: it must be at least {least}, and finite")
+        value, least = getattr(settings, f.name), 1 if f.name in at_least_1 else 0
+        if isinstance(value, (int, float)) and not least <= value <= (2**32 if f.type in (int, int | None) else 1e38):
+            raise FlagError(f"--{f.name}={value} is not allowed: it must be at least {least}, and not absurd")
     choices = {"model": list(MODELS), "dtype": ["auto", "bfloat16", "float16", "float32"]}
     choices["compile"] = ["auto", "True", "False"]
     for name, names in choices.items():
         if getattr(settings, name) not in names:
-            raise UserError(f"--{name}={getattr(settings, name)} is unknown: choose among {', '.join(names)}")
+            raise FlagError(f"--{name}={getattr(settings, name)} is unknown: choose among {', '.join(names)}")
     if settings.vocab_size < GPT2_VOCAB_SIZE:
-        raise UserError(f"--vocab_size={settings.vocab_size} is too small: GPT-2's tokens are {GPT2_VOCAB_SIZE}")
+        raise FlagError(f"--vocab_size={settings.vocab_size} is too small: GPT-2's tokens are {GPT2_VOCAB_SIZE}")
     return settings
 
 
@@ -639,12 +640,14 @@ def fit_micro_batch(settings, world_size, exact):
         nearest = " and ".join(str(n * T * world_size) for n in (fits, fits + 1) if n > 0)
         problem = f"--total_batch_size={total} is not a multiple of block_size x processes = {T} x {world_size}"
         raise UserError(f"{problem}: the nearest that work are {nearest}")
-    below = max(n for n in range(1, min(size, fits) + 1) if fits % n == 0)
-    if exact and below != size:
-        nearest = " and ".join([str(below)] + [str(n) for n in range(size + 1, fits + 1) if fits % n == 0][:1])
+    divisors = [n for n in range(1, math.isqrt(fits) + 1) if fits % n == 0]
+    divisors = sorted({*divisors, *(fits // n for n in divisors)})
+    largest_fit = max(n for n in divisors if n <= size)
+    if exact and largest_fit != size:
+        nearest = " and ".join(str(n) for n in [largest_fit, *[n for n in divisors if n > size][:1]])
         problem = f"--micro_batch_size={size} does not divide the {fits} sequences of a process"
         raise UserError(f"{problem}: the nearest that work are {nearest}")
-    return below
+    return largest_fit
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -760,8 +763,16 @@ def list_checkpoints(log_dir):
     return sorted(paths, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]))
 
 
+def stop_training(settings, problem):
+    """Raise the UserError for numbers that have gone wrong."""
+    saved = [str(path) for path in list_checkpoints(settings.log_dir)] or ["none"]
+    raise UserError(f"{problem}. Last checkpoint: {saved[-1]}. Try a smaller --max_lr, or --dtype=float32")
+
+
 def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
     """Write log_dir/model_NNNNN.pt, NNNNN being the updates done; then remove what keep_checkpoints no longer keeps."""
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        stop_training(settings, f"step {step}: weights that are not finite numbers: stopped before saving them")
     checkpoint = {
         "model": model.state_dict(),
         "config": asdict(model.config),
@@ -781,7 +792,8 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
     if settings.keep_checkpoints:  # newer ones than this can be there: damaged, so that the run resumed before them
         paths = list_checkpoints(log_dir)
         for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:
-            old.unlink()
+            with suppress(OSError):
+                old.unlink()
     print(f"checkpoint: {path}")
 
 
@@ -791,10 +803,15 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("model", "config", "optimizer", "scaler", "step", "settings", "rng", "cuda_rng"):
             checkpoint[key]  # a missing one is a KeyError
-        GPTConfig(**checkpoint["config"]), Settings(**checkpoint["settings"])
+        if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
+            raise TypeError("step")
+        for values in (GPTConfig(**checkpoint["config"]), Settings(**checkpoint["settings"])):
+            for f in fields(values):
+                if not isinstance(getattr(values, f.name), f.type):
+                    raise TypeError(f.name)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds pickled Python objects, which are refused, or is damaged") from error
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged file ends in errors of many kinds
         raise UserError(f"{path} is damaged, or no checkpoint of this script ({type(error).__name__})") from error
     return checkpoint
 
@@ -822,13 +839,23 @@ def restore(checkpoint, optimizer, scaler, settings):
     step = checkpoint["step"]
     if step > settings.max_steps:
         raise UserError(f"the checkpoint has {step} updates: --max_steps={settings.max_steps} would go back")
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # a flag may have changed it
-    if checkpoint["scaler"]:  # empty where the run was not in float16
-        scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    try:
+        # The averages come from the checkpoint, weight decay and the like from the settings, which a flag may change.
+        current = optimizer.state_dict()
+        averages = checkpoint["optimizer"]["state"]
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            shapes = {averages[i][name].shape for name in ("exp_avg", "exp_avg_sq")}
+            if shapes != {p.shape}:  # AdamW would believe it, and write past its end
+                raise ValueError(f"shape {shapes}")
+        optimizer.load_state_dict({"state": averages, "param_groups": current["param_groups"]})
+        if checkpoint["scaler"] and scaler.is_enabled():  # it is empty where the run was not in float16
+            scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        problem = f"the checkpoint of step {step} is damaged beside its weights ({type(error).__name__})"
+        raise UserError(f"{problem}: remove it, then --resume takes the one before") from error
 
 
 def build_model(settings, given, checkpoint):
@@ -848,15 +875,19 @@ def build_model(settings, given, checkpoint):
     if checkpoint is None and os.path.isfile(settings.init_from):
         checkpoint = load_checkpoint(settings.init_from)
     if checkpoint is not None:
-        model = GPT(GPTConfig(**checkpoint["config"]))
         try:
+            model = GPT(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"{source}'s weights do not have the shape that it says: use another one") from error
     elif settings.init_from in MODELS or os.path.isdir(settings.init_from):
         model = GPT.from_pretrained(settings.init_from)
     else:
         raise UserError(f"--init_from={settings.init_from} is not there: name a file, a folder or {', '.join(MODELS)}")
+    if model.config.vocab_size < GPT2_VOCAB_SIZE:
+        raise UserError(
+            f"{source} has {model.config.vocab_size} tokens, GPT-2's tokenizer {GPT2_VOCAB_SIZE}: use another"
+        )
     for name, value in shape_flags.items():
         if value != getattr(model.config, name):
             raise UserError(f"{source} has {name} {getattr(model.config, name)}, not {value}: leave that flag out")
@@ -874,8 +905,11 @@ def build_model(settings, given, checkpoint):
 
 
 def write_log(log_dir, line):
-    with open(Path(log_dir) / "log.txt", "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    try:
+        with open(Path(log_dir) / "log.txt", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"{log_dir}/log.txt cannot be written ({error.strerror}): mend it, then --resume") from error
 
 
 def prepare_log_dir(settings, start_step):
@@ -894,7 +928,7 @@ def trim_log(path, step):
     """Keep what was logged before `step`: the resumed run writes the rest again, so no line is doubled or missing."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        steps = [re.match(r"(\d+) (train|val|hella) \d", line) for line in lines]
+        steps = [re.match(r"(\d{1,12}) (train|val|hella) \d", line) for line in lines]
         kept = [line + "\n" for line, match in zip(lines, steps, strict=True) if match and int(match[1]) < step]
         replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
@@ -906,7 +940,7 @@ def set_aside_earlier_run(settings):
     if Path(settings.init_from).resolve() in [path.resolve() for path in files]:
         raise UserError(f"--init_from={settings.init_from} is an earlier run's: name another --log_dir for this one")
     if files:
-        folder = log_dir / f"earlier_{1 + sum(1 for _ in log_dir.glob('earlier_*'))}"
+        folder = next(path for n in itertools.count(1) if not (path := log_dir / f"earlier_{n}").exists())
         folder.mkdir()
         for path in files:
             path.rename(folder / path.name)
@@ -1033,8 +1067,8 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
 
 def train(settings, given, checkpoint):
     """Train, or with max_steps 0 only evaluate. given: the flags. checkpoint: the one to resume from, or None."""
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank, world_size = [int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    world_size = max(1, world_size)  # torchrun sets all three; without it there is one process
     ddp = world_size > 1
     is_master = rank == 0  # prints, logs and saves
 
@@ -1138,6 +1172,8 @@ def train(settings, given, checkpoint):
         # Evaluate.
         if settings.eval_interval and (step % settings.eval_interval == 0 or last_step):
             val_loss = evaluate(raw_model, val_loader, settings.val_tokens, device, autocast)
+            if not math.isfinite(val_loss):
+                stop_training(settings, f"step {step}: validation loss {val_loss}")
             print0(f"validation loss: {val_loss:.4f}")
             if writes_log:
                 write_log(settings.log_dir, f"{step} val {val_loss:.4f}")
@@ -1168,9 +1204,7 @@ def train(settings, given, checkpoint):
         # before the optimizer is let loose: a loss that is not a number never reaches the weights.
         train_loss, norm = torch.stack((loss_accum, norm)).tolist()
         if not math.isfinite(train_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
-            saved = [str(path) for path in list_checkpoints(settings.log_dir)] or ["none"]
-            problem = f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update"
-            raise UserError(f"{problem}. Last checkpoint: {saved[-1]}. Try a smaller --max_lr, or --dtype=float32")
+            stop_training(settings, f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update")
         lr = get_lr(step, settings.max_steps, settings.warmup_steps, max_lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1199,7 +1233,7 @@ def train(settings, given, checkpoint):
             f"done: {len(step_seconds)} updates | median dt {1000 * median:.2f}ms | "
             f"tok/s {settings.total_batch_size / median:.0f} | "
             f"{f'peak memory {memory / 1e9:.2f} GB | ' if memory else ''}"
-            f"train loss {train_loss:.4f} | val loss {val_loss:.4f}"
+            f"train loss {train_loss:.4f}{f' | val loss {val_loss:.4f}' if settings.eval_interval else ''}"
         )
     if ddp:
         dist.destroy_process_group()
@@ -1216,20 +1250,16 @@ def main(argv=None):
         print0("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
     try:
         train(settings, given, checkpoint)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         remedy = "use a smaller --block_size or model"
         if settings.micro_batch_size > 1:
             settings.micro_batch_size -= 1
             smaller = fit_micro_batch(settings, int(os.environ.get("WORLD_SIZE", "1")), exact=False)
             remedy = f"use --micro_batch_size={smaller}"
-        raise UserError(f"out of GPU memory: {remedy}") from error
+        raise UserError(f"out of {'GPU ' if torch.cuda.is_available() else ''}memory: {remedy}") from error
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold characters that the terminal cannot show
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"train_gpt2.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ntrain_gpt2.py: interrupted: --resume goes on from the last checkpoint")
+    run_script(main, "train_gpt2.py", interrupted="--resume goes on from the last checkpoint")
