@@ -579,7 +579,7 @@ def parse_bool(text):
 
 
 def parse_flags(argv):
-    """The settings that the command line gives, and no others: {name: value}. Exits with status 2 on a wrong flag."""
+    """The settings that the command line gives, and no others: {name: value}. Raises FlagError on a wrong flag."""
     parser = OneLineParser(
         prog="train_gpt2.py",
         usage="python train_gpt2.py [--name=value ...]   or   torchrun ... train_gpt2.py [--name=value ...]",
@@ -598,7 +598,7 @@ def parse_flags(argv):
         groups[name].add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%") + default, **options)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Settings)], n=1)
+        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Settings)], 1, 0.75)
         parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {close[0]}?" if close else ""))
     return vars(given)
 
@@ -616,8 +616,9 @@ def make_settings(given, saved=None):
     at_least_1 = ["n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "micro_batch_size", "val_tokens"]
     for f in fields(Settings):
         value, least = getattr(settings, f.name), 1 if f.name in at_least_1 else 0
-        if isinstance(value, (int, float)) and not least <= value <= (2**32 if f.type in (int, int | None) else 1e38):
-            raise FlagError(f"--{f.name}={value} is not allowed: it must be at least {least}, and not absurd")
+        most = 2**32 if f.type in (int, int | None) else 1e38
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise FlagError(f"--{f.name}={value} is not allowed: it must be from {least} to {most}")
     choices = {"model": list(MODELS), "dtype": ["auto", "bfloat16", "float16", "float32"]}
     choices["compile"] = ["auto", "True", "False"]
     for name, names in choices.items():
@@ -639,14 +640,14 @@ def fit_micro_batch(settings, world_size, exact):
     if total != fits * T * world_size:
         nearest = " and ".join(str(n * T * world_size) for n in (fits, fits + 1) if n > 0)
         problem = f"--total_batch_size={total} is not a multiple of block_size x processes = {T} x {world_size}"
-        raise UserError(f"{problem}: the nearest that work are {nearest}")
+        raise UserError(f"{problem}: nearest that work: {nearest}")
     divisors = [n for n in range(1, math.isqrt(fits) + 1) if fits % n == 0]
     divisors = sorted({*divisors, *(fits // n for n in divisors)})
     largest_fit = max(n for n in divisors if n <= size)
     if exact and largest_fit != size:
         nearest = " and ".join(str(n) for n in [largest_fit, *[n for n in divisors if n > size][:1]])
         problem = f"--micro_batch_size={size} does not divide the {fits} sequences of a process"
-        raise UserError(f"{problem}: the nearest that work are {nearest}")
+        raise UserError(f"{problem}: nearest that work: {nearest}")
     return largest_fit
 
 
@@ -657,6 +658,14 @@ def fit_micro_batch(settings, world_size, exact):
 # processes (world_size of them), and its local rank among those of its machine, which is the number of its GPU. All
 # hold the same weights, each computes the gradient of its own share of the batch, DistributedDataParallel (DDP)
 # averages the gradients, and all make the same update.
+
+
+def place_among_processes():
+    """(rank, local rank, world size), which torchrun gives in environment variables; (0, 0, 1) without it."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return 0, 0, 1
+    return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size
 
 
 def pick_device(name, local_rank, world_size):
@@ -1067,8 +1076,7 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
 
 def train(settings, given, checkpoint):
     """Train, or with max_steps 0 only evaluate. given: the flags. checkpoint: the one to resume from, or None."""
-    rank, local_rank, world_size = [int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-    world_size = max(1, world_size)  # torchrun sets all three; without it there is one process
+    rank, local_rank, world_size = place_among_processes()
     ddp = world_size > 1
     is_master = rank == 0  # prints, logs and saves
 
@@ -1241,7 +1249,8 @@ def train(settings, given, checkpoint):
 
 def main(argv=None):
     given = parse_flags(argv)
-    print0 = print if os.environ.get("RANK", "0") == "0" else lambda text: None
+    rank, _, world_size = place_among_processes()
+    print0 = print if rank == 0 else lambda text: None
     log_dir = given.get("log_dir", str(HERE / "log"))
     checkpoint = newest_checkpoint(log_dir, print0) if given.get("resume") else None
     saved = checkpoint["settings"] | {"log_dir": log_dir} if checkpoint else None
@@ -1256,7 +1265,7 @@ def main(argv=None):
         remedy = "use a smaller --block_size or model"
         if settings.micro_batch_size > 1:
             settings.micro_batch_size -= 1
-            smaller = fit_micro_batch(settings, int(os.environ.get("WORLD_SIZE", "1")), exact=False)
+            smaller = fit_micro_batch(settings, world_size, exact=False)
             remedy = f"use --micro_batch_size={smaller}"
         raise UserError(f"out of {'GPU ' if torch.cuda.is_available() else ''}memory: {remedy}") from error
 

@@ -393,10 +393,10 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--total_batch_size=1000"], "the nearest that work are 992 and 1008"),
-        (["--total_batch_size=10"], "the nearest that work are 16"),
-        (["--micro_batch_size=3"], "the nearest that work are 2 and 4"),
-        (["--micro_batch_size=100"], "the nearest that work are 8"),
+        (["--total_batch_size=1000"], "nearest that work: 992 and 1008"),
+        (["--total_batch_size=10"], "nearest that work: 16"),
+        (["--micro_batch_size=3"], "nearest that work: 2 and 4"),
+        (["--micro_batch_size=100"], "nearest that work: 8"),
         (["--micro_batch_size=0"], "--micro_batch_size=0"),
         (["--max_lr=nan"], "--max_lr=nan"),
         (["--vocab_size=50000"], "--vocab_size=50000"),
@@ -409,7 +409,7 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
         (["--data=nowhere"], "--data=nowhere is neither"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
         (["--n_embd=1000000000", "--n_head=1"], "out of (GPU )?memory|too large"),
-        (["--total_batch_size=4294967296", "--micro_batch_size=3"], "the nearest that work are 2 and 4"),
+        (["--total_batch_size=4294967296", "--micro_batch_size=3"], "nearest that work: 2 and 4"),
         (["--seed=18446744073709551616"], "--seed=18446744073709551616 is not allowed"),
     ],
 )
