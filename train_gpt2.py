@@ -1006,11 +1006,14 @@ def load_hellaswag(source, rank, world_size, device, print0):
     if world_size > 1:
         sizes = torch.tensor([len(values) for values in rows] if rows else [0, 0, 0, 0], device=device)
         dist.broadcast(sizes, src=0)
+        if sizes[0] == 0:
+            return None
         tensors = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes.tolist()]
         for i, tensor in enumerate(tensors):
-            tensor.copy_(rows[i] if rank == 0 and rows else tensor)
+            if rank == 0:
+                tensor.copy_(rows[i])
             dist.broadcast(tensor, src=0)
-        rows = hellaswag.Rows(*(tensor.cpu() for tensor in tensors)) if sizes[0] > 0 else None
+        rows = hellaswag.Rows(*(tensor.cpu() for tensor in tensors))
     return rows
 
 
