@@ -8,7 +8,7 @@ FineWeb-Edu as token shards for train_gpt2.py, and the tokenizer of GPT-2.
 
 A document becomes <|endoftext|> and its tokens. All documents, end to end, are cut into shards of 100M tokens: one-
 dimensional uint16 in edufineweb_{val,train}_NNNNNN.npy, the first for validation, the last one shorter. The shards are
-the same, byte for byte, however many processes make them. Stopped at any moment, the same command goes on where it was.
+the same, byte for byte, however many processes make them. If it is stopped, the same command goes on where it was.
 
 Importing this file runs nothing, needs no network, and does not import `datasets`.
 """

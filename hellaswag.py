@@ -1,6 +1,6 @@
 """
 HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? People find the right one in 95 % of the
-10,042 examples, guessing in 25 %, and GPT-2 (124M) in 29.55 %.
+10,042 examples, guessing finds it in 25 %, GPT-2 (124M) in 29.55 %.
 
     python hellaswag.py -m gpt2                    # or gpt2-xl, a folder, a checkpoint such as log/model_19073.pt
     python hellaswag.py -m gpt2 --show 3           # with the losses of three examples' endings
@@ -126,9 +126,9 @@ def count_correct(sums, rows, block_size):
     return int(by_mean), int(by_sum)
 
 
-def show(examples, sums, rows):
-    """Print examples with the mean loss of each ending."""
-    means = (sums.cpu() / rows.endings.view(-1, 4)).tolist()
+def show(examples, sums, endings):
+    """Print examples with the mean loss of each ending. sums: (M, 4), endings: its tokens, (M, 4)."""
+    means = (sums.cpu() / endings).tolist()
     for example, losses in zip(examples, means, strict=True):
         print(f"\nContext: {example['ctx']}")
         for i, (ending, loss) in enumerate(zip(example["endings"], losses, strict=True)):
@@ -162,8 +162,8 @@ def main(argv=None):
     model = build_model(Settings(init_from=options.model), {}, None).to(device)
     with tqdm(total=len(rows.lengths), unit="row") as progress:
         sums = ending_losses(model, rows, device, progress=progress)
-    first = Rows(*(values[: 4 * options.show] for values in rows))
-    show(examples[: options.show], sums[: options.show], first)
+    endings = rows.endings.clamp(max=model.config.block_size).view(-1, 4)
+    show(examples[: options.show], sums[: options.show], endings[: options.show])
     by_mean, by_sum = count_correct(sums, rows, model.config.block_size)
     n = len(examples)
     print(f"{options.model}: acc {by_sum / n:.4f}, acc_norm {by_mean / n:.4f}, N = {n}, completion style")

@@ -5,7 +5,7 @@ Reproduce GPT-2 (124M) in one file: the model, the data, the training loop.
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # the reproduction, on the eight GPUs of one machine
     python train_gpt2.py --help                               # every setting
 
-The file is made to be read from top to bottom. Nothing in it needs something that comes later:
+The file is made to be read from top to bottom. What a section uses has been explained before it:
 
      1. The model                        8. The hardware: device, precision, processes
      2. OpenAI's weights, in and out     9. Checkpoints
@@ -15,8 +15,9 @@ The file is made to be read from top to bottom. Nothing in it needs something th
      6. The learning rate               13. The training loop
      7. The settings
 
-On a first reading, skip 9, 10 and the reading of flags in 7: they are housekeeping. "Lecture" is Andrej Karpathy's
-"Let's reproduce GPT-2 (124M)", which this file follows; its timings are for 16 x 1024 tokens on one A100.
+On a first reading, skip the flags in 7, all of 9 but its last function, and 10: they are housekeeping. "Lecture" is
+Andrej Karpathy's "Let's reproduce GPT-2 (124M)", which this file follows; its timings are for 16 x 1024 tokens on one
+A100.
 
 Two papers say nearly all of what is to be reproduced. GPT-2 (Radford et al. 2019) has the model and GPT-3 (Brown et
 al. 2020) the training settings, which the first one leaves out. Shapes in comments: B sequences in a batch, T tokens
@@ -79,7 +80,7 @@ MODELS = {
 class GPTConfig:
     block_size: int = 1024  # the longest context, in tokens
     # 50,257 is odd. Training pads it to 50,304 = 128 x 393, so that the largest matrix fills the GPU's tiles (lecture:
-    # 96 to 93 ms an update). The 47 ids more are never a target, and the network learns that they are never right.
+    # 96 to 93 ms an update). The 47 extra ids are never a target, and the network learns never to predict them.
     vocab_size: int = GPT2_VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
@@ -105,11 +106,12 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         # softmax(q k^T / sqrt(head_size)) v, with later tokens masked out. Done step by step, the T x T matrix of each
-        # head goes through GPU memory for the scores, the scale, the mask and the softmax. In bf16 on a GPU this call
-        # is FlashAttention (Dao et al. 2022): it works in tiles that stay on the chip, and computes them again in the
-        # backward pass instead of keeping them. More arithmetic, far less traffic (lecture: 130 to 96 ms an update).
+        # head goes through GPU memory for the scores, the scale, the mask and the softmax. In bf16 or float16 on a GPU
+        # this call is FlashAttention (Dao et al. 2022): it works in tiles that fit on the chip, never writes the matrix
+        # to memory, and computes it again in the backward pass. More arithmetic, far less traffic (lecture: 130 to 96
+        # ms an update).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, head_size)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
 
@@ -128,10 +130,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream: (B, T, C) -> (B, T, C).
+    """Attention, then MLP, each adding its result to x, the residual stream: (B, T, C) -> (B, T, C).
 
     The norms stand inside the branches (pre-norm, GPT-2 section 2.3). The residual stream itself runs from the
-    embedding to the last norm with nothing but additions on it, so gradients reach every block undiminished.
+    embedding to the last norm with nothing but additions on it, so the gradient has a direct path to every block.
     """
 
     def __init__(self, config):
@@ -148,7 +150,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. `model(idx)[0]` is the logits; `model(idx, targets)[1]` is the loss."""
+    """GPT-2. `model(idx)[0]` is the logits, a score for every token of the vocabulary to be the next one;
+    `model(idx, targets)[1]` is the loss."""
 
     def __init__(self, config):
         super().__init__()
@@ -175,8 +178,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def _init_weights(self, module):
-        # 0.02 as in OpenAI's code, which has 0.01 for the positions, a difference that no later copy kept. The usual
-        # choice, 1/sqrt(n_embd), would be 0.036 at this size and 0.025 at the largest.
+        # 0.02 as in OpenAI's code. It has 0.01 for the positions, but transformers and the lecture use 0.02 there too.
+        # The usual choice, 1/sqrt(n_embd), would be 0.036 at this size and 0.025 at the largest.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -347,9 +350,9 @@ class GPT(nn.Module):
         """AdamW (Loshchilov & Hutter 2019) with GPT-3's numbers: betas 0.9 and 0.95, eps 1e-8 (appendix B).
 
         Adam keeps two running averages for each weight, of its gradient and of the gradient's square, and steps by the
-        first over the root of the second: by about the learning rate, whatever the gradient's scale. The W: weight
-        decay shrinks the weight itself, past those averages. It keeps matrices and embeddings from leaning on a few
-        large weights; biases and norms, one-dimensional, need no such thing.
+        first over the root of the second: by about the learning rate, whatever the gradient's scale. The W is for
+        weight decay: it shrinks the weight directly, without passing through those averages. It keeps matrices and
+        embeddings from relying on a few large weights; biases and norms, one-dimensional, are left alone.
         """
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
@@ -364,6 +367,10 @@ class GPT(nn.Module):
 # 5. The data
 #
 # Training data is one long row of token ids, cut into files of 100M tokens (shards). fineweb.py makes them.
+#
+# An update learns from half a million tokens, too many for a GPU at once. So each of num_processes processes (one for
+# each GPU) takes grad_accum_steps micro-steps, with a micro-batch of B sequences of T tokens in each: an update is
+# B * T * num_processes * grad_accum_steps tokens. Sections 8 and 12 say how the gradients come together.
 
 SHARD_NAME = r"[^.].*_{split}(_\d+)?\.(npy|bin)"  # edufineweb_train_000001.npy; llm.c: tiny_shakespeare_val.bin
 
@@ -760,8 +767,8 @@ def why_not_compile(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
 #
-# All that the next update depends on, and the random states, for whoever adds dropout. Tensors and plain types only, so
-# that opening one cannot run code.
+# All that the next update depends on, and the first process's random states, for whoever adds dropout. Tensors and
+# plain types only, so that opening one cannot run code.
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")  # model_05000.pt: after 5000 updates
 
@@ -892,7 +899,7 @@ def build_model(settings, given, checkpoint):
     elif settings.init_from in MODELS or os.path.isdir(settings.init_from):
         model = GPT.from_pretrained(settings.init_from)
     else:
-        raise UserError(f"--init_from={settings.init_from} is not there: name a file, a folder or {', '.join(MODELS)}")
+        raise UserError(f"{settings.init_from} is not there: name a file, a folder, or one of {', '.join(MODELS)}")
     if model.config.vocab_size < GPT2_VOCAB_SIZE:
         raise UserError(
             f"{source} has {model.config.vocab_size} tokens, GPT-2's tokenizer {GPT2_VOCAB_SIZE}: use another"
@@ -921,18 +928,6 @@ def write_log(log_dir, line):
         raise UserError(f"{log_dir}/log.txt cannot be written ({error.strerror}): mend it, then --resume") from error
 
 
-def prepare_log_dir(settings, start_step):
-    """Make log_dir ready for a new run, or for one that goes on after start_step updates."""
-    try:
-        Path(settings.log_dir).mkdir(parents=True, exist_ok=True)
-        if start_step > 0:
-            trim_log(Path(settings.log_dir) / "log.txt", start_step)
-        else:
-            set_aside_earlier_run(settings)
-    except OSError as error:
-        raise UserError(f"--log_dir={settings.log_dir} cannot be written: {error}") from error
-
-
 def trim_log(path, step):
     """Keep what was logged before `step`: the resumed run writes the rest again, so no line is doubled or missing."""
     if path.exists():
@@ -956,12 +951,25 @@ def set_aside_earlier_run(settings):
         print(f"an earlier run was in {log_dir}: moved to {folder} (delete it when you no longer need it)")
 
 
+def prepare_log_dir(settings, start_step):
+    """Make log_dir ready for a new run, or for one that goes on after start_step updates."""
+    try:
+        Path(settings.log_dir).mkdir(parents=True, exist_ok=True)
+        if start_step > 0:
+            trim_log(Path(settings.log_dir) / "log.txt", start_step)
+        else:
+            set_aside_earlier_run(settings)
+    except OSError as error:
+        raise UserError(f"--log_dir={settings.log_dir} cannot be written: {error}") from error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 11. Evaluation
 #
-# Always on the plain module. The compiled one would be compiled again: once for evaluating without gradients, and for
-# every length that a sample has on its way. Sampling draws from a generator of its own, so training goes on bit for bit
-# as if nothing had happened.
+# The validation loss, and HellaSwag: which of four endings goes on from a context? The model's answer is the ending
+# with the lowest mean loss (acc_norm); hellaswag.py has the details. Always on the plain module. The compiled one would
+# be compiled again: once for evaluating without gradients, and for every length that a sample has on its way. Sampling
+# draws from a generator of its own, so training goes on bit for bit as if nothing had happened.
 
 
 @torch.no_grad()
@@ -1055,7 +1063,9 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
     loss_accum = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
         x, y = loader.next_batch()  # (B, T) each
-        if device.type == "cuda":  # from pinned memory the copy is queued like a kernel: the CPU need not wait for it
+        if (
+            device.type == "cuda"
+        ):  # pinned: never swapped out, so the GPU fetches it by itself and the CPU need not wait
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         # DDP averages the gradients over the processes during a backward pass. Only the last one needs that. DDP
@@ -1068,7 +1078,7 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
             scaler.scale(loss).backward()
         loss_accum += loss.detach()  # not loss.item(), which would wait for the GPU
     if ddp:
-        dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)  # gloo, the CPU's, has no mean
+        dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)  # gloo, the CPU's backend, has no mean
         loss_accum /= loader.num_processes
     return loss_accum
 
@@ -1098,16 +1108,17 @@ def train(settings, given, checkpoint):
         # times as fast (lecture: 1000 to 333 ms an update).
         torch.set_float32_matmul_precision("high")
     if ddp:
+        # NCCL carries tensors between GPUs, gloo between CPUs. The others wait long while the first one downloads.
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=device_id)
+        dist.init_process_group(backend, device_id=device_id, timeout=timedelta(hours=1))
 
     # The precision. Autocast picks it operation by operation in the forward pass and the loss: matrix products in bf16,
     # half the bits to move, at twice the speed (lecture: 333 to 300 ms); softmax, norms and the loss, where
     # rounding would add up, in float32. The weights and the optimizer's state stay in float32.
     dtype = pick_dtype(settings.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-    # In float16, small gradients would be zero. The scaler multiplies the loss by a large factor and divides the
-    # gradients by it, and skips the update where one overflowed. With the other formats it does nothing.
+    # In float16, small gradients would become zero. So the scaler multiplies the loss by a large factor, divides the
+    # gradients by it before the step, and skips the update if one overflowed. With the other formats it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # The model. The first process of a machine may have to download it; the others then find it in the cache.
@@ -1125,7 +1136,7 @@ def train(settings, given, checkpoint):
         # The compiler sees the whole network and fuses neighbouring operations into one kernel, which saves their trips
         # to memory (lecture: 300 to 130 ms).
         model = torch.compile(raw_model)
-    if ddp:  # bucket view: the gradients live in the buffers that are sent, one copy less
+    if ddp:  # gradients travel in large buffers, the buckets; with this flag .grad lies in them, one copy less
         model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     # The data.
@@ -1149,7 +1160,7 @@ def train(settings, given, checkpoint):
     if checkpoint is not None:
         restore(checkpoint, optimizer, scaler, settings)
         start_step = checkpoint["step"]
-        checkpoint.clear()  # its 1.5 GB (for 124M parameters) have been copied
+        checkpoint.clear()  # 1.5 GB (for 124M parameters), now in the model and the optimizer
     if ddp:
         steps = torch.tensor([start_step, -start_step], device=device)
         dist.all_reduce(steps, op=dist.ReduceOp.MAX)  # the largest, and minus the smallest
@@ -1211,8 +1222,8 @@ def train(settings, given, checkpoint):
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
 
-        # Step. Until here the CPU only queued work for the GPU. Now, once in an update, it waits for the result, and
-        # before the optimizer is let loose: a loss that is not a number never reaches the weights.
+        # Step. Until here the CPU only queued work for the GPU. Now, once an update, it waits for the result: before
+        # the optimizer's step, so that a loss that is not a number never reaches the weights.
         train_loss, norm = torch.stack((loss_accum, norm)).tolist()
         if not math.isfinite(train_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
             stop_training(settings, f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update")
@@ -1262,15 +1273,16 @@ def main(argv=None):
         print0("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
     try:
         train(settings, given, checkpoint)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU and MPS have no kind of their own
+        if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         remedy = "use a smaller --block_size or model"
         if settings.micro_batch_size > 1:
             settings.micro_batch_size -= 1
             smaller = fit_micro_batch(settings, world_size, exact=False)
             remedy = f"use --micro_batch_size={smaller}"
-        raise UserError(f"out of {'GPU ' if torch.cuda.is_available() else ''}memory: {remedy}") from error
+        where = "" if "can't allocate memory" in str(error) else "GPU "
+        raise UserError(f"out of {where}memory: {remedy}") from error
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
         (["--dtype=int8"], "--dtype=int8"),
         (["--device=gpu"], "--device=gpu is unknown"),
         (["--device=meta"], "--device=meta is not supported"),
-        (["--init_from=gpt5"], "--init_from=gpt5"),
+        (["--init_from=gpt5"], "gpt5 is not there: name a file, a folder, or one of gpt2, "),
         (["--data=nowhere"], "--data=nowhere is neither"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
         (["--n_embd=1000000000", "--n_head=1"], "out of (GPU )?memory|too large"),
