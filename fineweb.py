@@ -14,6 +14,7 @@ Importing this file runs nothing, needs no network, and does not import `dataset
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -21,6 +22,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -185,30 +187,26 @@ class Blocks:
     """The blocks of a data set: of DOCUMENTS documents each, or with --streaming a row group or file each."""
 
     def __init__(self, dataset, options):
-        self.dataset, self.column, self.streaming = dataset, options.text_column, options.streaming
-        self.order = None
-        if options.shuffle is not None:
-            self.order = np.random.default_rng(options.shuffle).permutation(len(dataset))
+        self.dataset, self.column = dataset, options.text_column
+        self.streaming, self.shuffle = options.streaming, options.shuffle
         self.count = dataset.num_shards if self.streaming else -(-len(dataset) // DOCUMENTS)
+
+    @functools.cached_property
+    def order(self):
+        return np.random.default_rng(self.shuffle).permutation(len(self.dataset))
 
     def texts(self, i):
         """The documents of block i: a list of str."""
         if self.streaming:
             return [row[self.column] for row in self.dataset.shard(num_shards=self.count, index=i)]
         start, stop = i * DOCUMENTS, min((i + 1) * DOCUMENTS, len(self.dataset))
-        if self.order is None:
-            return list(self.dataset[start:stop][self.column])
-        return list(self.dataset[self.order[start:stop]][self.column])
+        rows = slice(start, stop) if self.shuffle is None else self.order[start:stop]
+        return list(self.dataset[rows][self.column])
 
 
-# In a worker process: its own handle on the data set.
-worker_blocks = None
-
-
-def start_worker(dataset, options):
-    global worker_blocks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    worker_blocks = Blocks(dataset, options)
+def start_worker():
+    """What each worker process does first."""
+    import datasets  # noqa: F401  (takes seconds, which pass while the parent opens the data set)
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -217,35 +215,49 @@ def start_worker(dataset, options):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def tokenize_block(i):
+@contextlib.contextmanager
+def worker_pool(num_proc):
+    """num_proc processes, started at once and in the same way on every system."""
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
+    # Ctrl-C is the parent's business: a signal that is ignored now stays ignored in the processes that start now.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(num_proc):
+        pool.submit(os.getpid)
+    signal.signal(signal.SIGINT, handler)
     try:
-        texts = worker_blocks.texts(i)
-    except Exception as error:  # noqa: BLE001  (whatever a damaged file or a lost connection ends in)
+        yield pool
+    except BrokenProcessPool as error:
+        message = "a worker process was killed (out of memory?): run the same command again, with a smaller --num_proc"
+        raise UserError(message) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@functools.lru_cache(maxsize=1)
+def unpack(blocks):
+    """A worker's own handle on the data set, from the bytes that its parent sends with each block's number."""
+    return pickle.loads(blocks)
+
+
+def tokenize_block(blocks, i):
+    try:
+        texts = unpack(blocks).texts(i)
+    except Exception as error:  # whatever a damaged file or a lost connection ends in
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the data set cannot be read: {reason}. Mend it, then run the same command again") from None
+        raise UserError(f"the data set cannot be read: {reason}. Mend it, then run the same command again") from error
     return tokenize(texts)
 
 
-def tokenized_blocks(dataset, options, first, count):
-    """Blocks first to count of the data set, tokenized, in order."""
-    # Every system starts its processes like this, so every system behaves alike.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.num_proc, context, start_worker, (dataset, options)) as pool:
-        ahead = deque()  # a few blocks for each process, so that a slow disk does not fill the memory
-        try:
-            for i in range(first, count):
-                ahead.append(pool.submit(tokenize_block, i))
-                if len(ahead) > 3 * options.num_proc:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        except BrokenProcessPool as error:
-            message = (
-                "a worker process was killed (out of memory?): run the same command again, with a smaller --num_proc"
-            )
-            raise UserError(message) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def tokenized_blocks(pool, blocks, first, num_proc):
+    """Blocks from the first on, tokenized, in order. A few are ahead, so that a slow disk does not fill the memory."""
+    packed = pickle.dumps(blocks)
+    ahead = deque()
+    for i in range(first, blocks.count):
+        ahead.append(pool.submit(tokenize_block, packed, i))
+        if len(ahead) > 3 * num_proc:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,29 +299,31 @@ def save_shard(out, index, tokens):
 
 
 def prepare(options):
-    """Write all shards, going on where an earlier run with the same settings stopped. Returns the index."""
+    """Write all shards, going on where an earlier run with the same settings stopped. Returns the index.
+
+    Raises OSError where the folder cannot be written.
+    """
     from tqdm import tqdm
 
     out = Path(options.out)
     names = ("dataset", "name", "split", "text_column", "shard_size", "max_tokens", "streaming", "shuffle")
     settings = {name: getattr(options, name) for name in names}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        index = read_index(out)
-        if index is None and any(out.glob("*.npy")):
-            raise UserError(f"{out} holds shards but no index.json: name another --out")
-        if index is None:
-            index = {"settings": settings, "documents": 0, "skipped": 0, "tokens": 0, "complete": False, "shards": []}
-            index["next"] = {"block": 0, "token": 0}  # where in the data set the next shard begins
-        for name in names:
-            if index["settings"][name] != settings[name]:
-                was = index["settings"][name]
-                raise UserError(f"{out} was made with --{name}={was}, not {settings[name]}: name another --out")
-        if index["complete"]:
-            return index
-        dataset = load(options)
-        count = Blocks(dataset, options).count
-        if index.setdefault("blocks", count) != count:
+    out.mkdir(parents=True, exist_ok=True)
+    index = read_index(out)
+    if index is None and any(out.glob("*.npy")):
+        raise UserError(f"{out} holds shards but no index.json: name another --out")
+    if index is None:
+        index = {"settings": settings, "documents": 0, "skipped": 0, "tokens": 0, "complete": False, "shards": []}
+        index["next"] = {"block": 0, "token": 0}  # where in the data set the next shard begins
+    for name in names:
+        was = index["settings"][name]
+        if was != settings[name]:
+            raise UserError(f"{out} was made with --{name}={was}, not {settings[name]}: name another --out")
+    if index["complete"]:
+        return index
+    with worker_pool(options.num_proc) as pool:
+        blocks = Blocks(load(options), options)
+        if index.setdefault("blocks", blocks.count) != blocks.count:
             raise UserError(f"the data set has changed since {out} was begun: name another --out")
         write_index(out, index)
 
@@ -322,7 +336,7 @@ def prepare(options):
             tqdm(total=options.shard_size, unit="tok", unit_scale=True, leave=False) as shard_bar,
         ):
             shard_bar.set_description(f"shard {len(index['shards'])}")
-            for i, (tokens, skipped) in enumerate(tokenized_blocks(dataset, options, first, count), first):
+            for i, (tokens, skipped) in enumerate(tokenized_blocks(pool, blocks, first, options.num_proc), first):
                 position = skip if i == first else 0
                 while position < len(tokens) and total < limit:
                     piece = tokens[position : position + min(options.shard_size - filled, limit - total)]
@@ -342,13 +356,11 @@ def prepare(options):
                     break
                 index["skipped"] += skipped
                 if not options.max_tokens:  # how much is to come can only be estimated
-                    all_bar.total = total * count // (i + 1)
-        if filled:
-            save_shard(out, index, shard[:filled])
-        index["tokens"], index["complete"] = total, True
-        write_index(out, index)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): finished shards stay, run it again") from error
+                    all_bar.total = total * blocks.count // (i + 1)
+    if filled:
+        save_shard(out, index, shard[:filled])
+    index["tokens"], index["complete"] = total, True
+    write_index(out, index)
     return index
 
 
@@ -413,7 +425,11 @@ def main(argv=None):
         print(f"{options.out}: {len(index['shards'])} shards are as they were written ({state})")
         return
     before = read_index(Path(options.out)) or {"tokens": 0}
-    index = prepare(options)
+    try:
+        index = prepare(options)
+    except OSError as error:
+        problem = f"{options.out} cannot be written ({error.strerror or error})"
+        raise UserError(f"{problem}: finished shards stay. Mend it, then run the same command again") from error
     seconds = time.perf_counter() - start
     sizes = [shard["tokens"] for shard in index["shards"]]
     print(f"{options.out}: {index['documents']:,} documents ({index['skipped']:,} empty or not text, skipped)")
