@@ -72,8 +72,7 @@ MODELS = {
 #
 # A stack of identical blocks. In each, attention lets every token gather from the tokens before it, then an MLP lets
 # every token think over what it gathered. The names of the parts are OpenAI's, and so those of every published copy of
-# the weights: wte and wpe embed the token and its position, h holds the blocks, ln_* are LayerNorms (they bring each
-# token's C numbers to mean 0 and variance 1, then scale and shift them), c_* linear layers, c_proj the one back to C.
+# the weights: wte and wpe embed the token and its position, h holds the blocks, ln_* are the norms, c_* linear layers, c_proj the one back to C.
 
 
 @dataclass
@@ -85,6 +84,22 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+
+
+class LayerNorm(nn.Module):
+    """Bring each token's C numbers to mean 0 and variance 1, then scale and shift them: (B, T, C) -> (B, T, C).
+
+    nn.LayerNorm in two steps. Its CPU gradient of weight and bias is rounded differently for every number of threads;
+    like this it is not, and one process and two, with half of the threads each, train alike to the last bit.
+    """
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape) * self.weight + self.bias
 
 
 class CausalSelfAttention(nn.Module):
@@ -138,9 +153,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x):
@@ -161,7 +176,7 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd),
+                "ln_f": LayerNorm(config.n_embd),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
