@@ -12,14 +12,17 @@ gpt2-xl: 0.3842, 0.4893.
 Importing this file runs nothing, needs no network, and does not import `datasets`.
 """
 
+import http.client
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fineweb import OneLineParser, UserError, gpt2_encoding, run_script
+from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file, run_script
 
+HERE = Path(__file__).resolve().parent
 OFFICIAL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 
 
@@ -32,27 +35,41 @@ class Rows(NamedTuple):
     labels: torch.Tensor  # the right ending, 0 to 3 (M,)
 
 
-def load_examples(source, limit=None):
-    """The examples of a JSON-lines file, or of the official one with "official": [{"ctx", "endings", "label"}].
+def fetch(path):
+    """Download the official file. Raises UserError where that does not work, after a bounded wait."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(OFFICIAL, timeout=30) as response:
+            content = response.read()
+        replace_file(path, lambda temporary: temporary.write_bytes(content))
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"HellaSwag could not be fetched from {OFFICIAL} ({error}): name a local copy") from error
 
-    Raises UserError where the file cannot be had, or is not in the official layout.
+
+def load_examples(source, limit=None):
+    """The examples of a JSON-lines file, or with "official" of the official one: [{"ctx", "endings", "label"}].
+
+    That one is downloaded to hellaswag/ beside this script, once. Raises UserError where the file cannot be had, or is
+    not laid out like the official one.
     """
-    if source != "official" and not Path(source).is_file():
-        raise UserError(f"the HellaSwag file {source} is not there: name the official hellaswag_val.jsonl")
+    path = HERE / "hellaswag" / "hellaswag_val.jsonl" if source == "official" else Path(source)
+    if source == "official" and not path.is_file():
+        fetch(path)
+    if not path.is_file():
+        raise UserError(f"the HellaSwag file {source} is not there: name a copy of hellaswag_val.jsonl")
     import datasets  # takes seconds, so only where it is needed
 
     try:
-        file = OFFICIAL if source == "official" else str(source)
-        examples = datasets.load_dataset("json", data_files=file, split="train")
+        examples = datasets.load_dataset("json", data_files=str(path), split="train")
         examples = examples.select_columns(["ctx", "endings", "label"]).to_list()[:limit]
         for example in examples:
             if not 0 <= int(example["label"]) <= 3 or len(example["endings"]) != 4 or not all(example["endings"]):
                 raise ValueError(f"label {example['label']}, {len(example['endings'])} endings")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"HellaSwag cannot be had from {source} ({reason}): check it, or name a local copy") from error
+        raise UserError(f"the HellaSwag file {path} cannot be used ({reason}): name another copy") from error
     if not examples:
-        raise UserError(f"{source} holds no example: name the official hellaswag_val.jsonl")
+        raise UserError(f"the HellaSwag file {path} holds no example: name another copy")
     return examples
 
 

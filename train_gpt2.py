@@ -72,7 +72,8 @@ MODELS = {
 #
 # A stack of identical blocks. In each, attention lets every token gather from the tokens before it, then an MLP lets
 # every token think over what it gathered. The names of the parts are OpenAI's, and so those of every published copy of
-# the weights: wte and wpe embed the token and its position, h holds the blocks, ln_* are the norms, c_* linear layers, c_proj the one back to C.
+# the weights: wte and wpe embed the token and its position, h holds the blocks, ln_* are the norms, c_* linear layers,
+# c_proj the one back to C.
 
 
 @dataclass
@@ -89,8 +90,8 @@ class GPTConfig:
 class LayerNorm(nn.Module):
     """Bring each token's C numbers to mean 0 and variance 1, then scale and shift them: (B, T, C) -> (B, T, C).
 
-    nn.LayerNorm in two steps. Its CPU gradient of weight and bias is rounded differently for every number of threads;
-    like this it is not, and one process and two, with half of the threads each, train alike to the last bit.
+    nn.LayerNorm in two steps, at the same speed. On the CPU, it rounds the gradients of weight and bias differently for
+    every number of threads. This does not, so that two processes with half of the threads each train as one does.
     """
 
     def __init__(self, n_embd):

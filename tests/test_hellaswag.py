@@ -1,11 +1,15 @@
 """HellaSwag: the fast evaluation predicts what a plain one-example-at-a-time loop predicts."""
 
+import functools
 import json
 import math
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import TINY, read_log, run_script
+from conftest import ROOT, TINY, read_log, run_script
 from torch.nn import functional as F
 
 import hellaswag
@@ -166,22 +170,44 @@ def test_training_is_unchanged_and_resumes_with_it(train, tmp_path):
 
 @pytest.mark.parametrize("nproc", [None, 2])
 def test_unreachable_official_file_does_not_stop_training(tmp_path, shards, nproc):
+    for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):  # where the file was not downloaded before
+        shutil.copy(ROOT / name, tmp_path)
     flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path / 'log'}", "--hellaswag=official", "--max_steps=1"]
-    run = run_script(*flags, nproc=nproc)
+    run = run_script(*flags, nproc=nproc, root=tmp_path, env={"https_proxy": "http://127.0.0.1:9"})  # nobody listens
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Training goes on without HellaSwag") == 1
     assert "hella" not in {kind for _, kind, _ in read_log(tmp_path / "log")}
+    assert not list(tmp_path.glob("hellaswag/*"))
+
+
+def test_official_file_is_fetched_once(tmp_path, monkeypatch):
+    examples = make_examples(5)
+    write_examples(tmp_path / "hellaswag_val.jsonl", examples)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hellaswag, "OFFICIAL", f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl")
+    monkeypatch.setattr(hellaswag, "HERE", tmp_path / "project")
+    assert hellaswag.load_examples("official") == examples
+    server.shutdown()
+    server.server_close()
+    assert hellaswag.load_examples("official", limit=2) == examples[:2]
+    assert [path.name for path in (tmp_path / "project" / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
+    monkeypatch.setattr(hellaswag, "HERE", tmp_path / "other")
+    with pytest.raises(UserError, match="could not be fetched"):
+        hellaswag.load_examples("official")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "is not there"),
-        ("", "HellaSwag cannot be had|holds no example"),
-        ("not json\n", "HellaSwag cannot be had"),
-        ('{"ctx": "A"}\n', "HellaSwag cannot be had"),
-        ('{"ctx": "A", "endings": ["a", "b", "c"], "label": 1}\n', "HellaSwag cannot be had"),
-        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 7}\n', "HellaSwag cannot be had"),
+        ("", "cannot be used|holds no example"),
+        ("not json\n", "cannot be used"),
+        ('{"ctx": "A"}\n', "cannot be used"),
+        ('{"ctx": "A", "endings": ["a", "b", "c"], "label": 1}\n', "cannot be used"),
+        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 7}\n', "cannot be used"),
     ],
 )
 def test_bad_local_file_is_refused_in_one_line(train, tmp_path, content, message):
