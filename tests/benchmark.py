@@ -230,7 +230,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     tokenize = commands.add_parser("tokenize")
-    tokenize.add_argument("--documents", type=int, default=60_000)
+    tokenize.add_argument("--documents", type=int, default=90_000, help="at most 95,000: they must fit one shard")
     hella = commands.add_parser("hellaswag")
     hella.add_argument("--data", default="official", help="a local JSON-lines file")
     hella.add_argument("--examples", type=int, default=300)
