@@ -873,13 +873,12 @@ def restore(checkpoint, optimizer, scaler, settings):
         raise UserError(f"the checkpoint has {step} updates: --max_steps={settings.max_steps} would go back")
     try:
         # The averages come from the checkpoint, weight decay and the like from the settings, which a flag may change.
-        current = optimizer.state_dict()
         averages = checkpoint["optimizer"]["state"]
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             shapes = {averages[i][name].shape for name in ("exp_avg", "exp_avg_sq")}
             if shapes != {p.shape}:  # AdamW would believe it, and write past its end
                 raise ValueError(f"shape {shapes}")
-        optimizer.load_state_dict({"state": averages, "param_groups": current["param_groups"]})
+        optimizer.load_state_dict({"state": averages, "param_groups": optimizer.state_dict()["param_groups"]})
         if checkpoint["scaler"] and scaler.is_enabled():  # it is empty where the run was not in float16
             scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
@@ -1079,9 +1078,8 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
     loss_accum = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
         x, y = loader.next_batch()  # (B, T) each
-        if (
-            device.type == "cuda"
-        ):  # pinned: never swapped out, so the GPU fetches it by itself and the CPU need not wait
+        if device.type == "cuda":
+            # Pinned memory is never swapped out, so the GPU fetches it by itself and the CPU need not wait.
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         # DDP averages the gradients over the processes during a backward pass. Only the last one needs that. DDP
@@ -1156,8 +1154,7 @@ def train(settings, given, checkpoint):
         model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     # The data.
-    settings.micro_batch_size = fit_micro_batch(settings, world_size, exact="micro_batch_size" in given)
-    B, T = settings.micro_batch_size, settings.block_size
+    B, T = fit_micro_batch(settings, world_size, exact="micro_batch_size" in given), settings.block_size
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data)
     val_loader = DataLoaderLite(B, T, rank, world_size, "val", settings.data) if settings.eval_interval else None
@@ -1293,10 +1290,10 @@ def main(argv=None):
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         remedy = "use a smaller --block_size or model"
-        if settings.micro_batch_size > 1:
-            settings.micro_batch_size -= 1
-            smaller = fit_micro_batch(settings, world_size, exact=False)
-            remedy = f"use --micro_batch_size={smaller}"
+        size = fit_micro_batch(settings, world_size, exact=False)  # what it was
+        if size > 1:
+            settings.micro_batch_size = size - 1
+            remedy = f"use --micro_batch_size={fit_micro_batch(settings, world_size, exact=False)}"
         where = "" if "can't allocate memory" in str(error) else "GPU "
         raise UserError(f"out of {where}memory: {remedy}") from error
 

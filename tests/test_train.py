@@ -214,6 +214,15 @@ def test_a_folder_that_was_moved_resumes_where_it_is(train, tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+def test_a_fitted_micro_batch_is_not_remembered(tmp_path, shards):
+    """Two processes had 4 sequences each, so 8 did not fit; one process that resumes has 8."""
+    flags = [*[flag for flag in TINY if "micro_batch" not in flag], f"--data={shards}", f"--log_dir={tmp_path}"]
+    run = run_script(*flags, "--max_steps=2", nproc=2)
+    assert "update: 128 tokens: 4 x 16 in 1 micro-steps x 2" in run.stdout
+    run = run_script(f"--log_dir={tmp_path}", "--resume", "--max_steps=3")
+    assert "update: 128 tokens: 8 x 16 in 1 micro-steps x 1" in run.stdout
+
+
 def test_resume_on_two_processes(train, tmp_path, shards):
     train(f"--log_dir={tmp_path / 'whole'}")
     train()
