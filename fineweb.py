@@ -87,6 +87,10 @@ def replace_file(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # on the disk, not just in the system's memory, before the name points to it
         os.replace(temporary, path)
+        if os.name == "posix":  # and the new name is on the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -35,10 +35,12 @@ import math
 import os
 import pickle
 import re
+import signal
 import statistics
 import sys
 import time
-from contextlib import nullcontext, suppress
+import zipfile
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -471,7 +473,7 @@ class DataLoaderLite:
             tokens = tokenize_file(data_root)
             first_val = len(tokens) * 9 // 10
             self.text = tokens[:first_val] if split == "train" else tokens[first_val:]
-            lengths = [len(self.text)]
+            names, lengths = [data_root.name], [len(self.text)]
         else:
             self.text = None
             try:
@@ -482,7 +484,8 @@ class DataLoaderLite:
             self.shards = [open_shard(path) for path in paths if pattern.fullmatch(path.name)]
             if not self.shards:
                 raise UserError(f"{data_root} has no {split} shard (NAME_{split}_000000.npy or .bin): make it anew")
-            lengths = [num_tokens for _, _, num_tokens in self.shards]
+            names, lengths = [path.name for path, _, _ in self.shards], [num_tokens for _, _, num_tokens in self.shards]
+        self.contents = [[name, length] for name, length in zip(names, lengths, strict=True)]
         self.ends = np.cumsum(lengths).tolist()  # where in the stream each shard ends
         self.num_tokens = self.ends[-1]
         if self.num_tokens < 2:
@@ -793,8 +796,8 @@ def why_not_compile(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
 #
-# All that the next update depends on, and the first process's random states, for whoever adds dropout. Tensors and
-# plain types only, so that opening one cannot run code.
+# All that the next update depends on, what data it was, and the first process's random states, for whoever adds dropout.
+# Tensors and plain types only, so that opening one cannot run code.
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")  # model_05000.pt: after 5000 updates
 
@@ -811,8 +814,11 @@ def stop_training(settings, problem):
     raise UserError(f"{problem}. Last checkpoint: {saved[-1]}. Try a smaller --max_lr, or --dtype=float32")
 
 
-def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
-    """Write log_dir/model_NNNNN.pt, NNNNN being the updates done; then remove what keep_checkpoints no longer keeps."""
+def save_checkpoint(log_dir, step, model, optimizer, scaler, settings, data):
+    """Write log_dir/model_NNNNN.pt, NNNNN being the updates done; then remove what keep_checkpoints no longer keeps.
+
+    data: {split: DataLoaderLite.contents}. Returns whether it could be written. Where not, older ones stay.
+    """
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         stop_training(settings, f"step {step}: weights that are not finite numbers: stopped before saving them")
     checkpoint = {
@@ -822,6 +828,7 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
         "scaler": scaler.state_dict(),
         "step": step,
         "settings": asdict(settings),
+        "data": data,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -830,20 +837,25 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings):
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} could not be written ({reason}): make room, then --resume") from error
+        print(f"warning: {path} could not be written ({reason}): make room, training goes on", flush=True)
+        return False
     if settings.keep_checkpoints:  # newer ones than this can be there: damaged, so that the run resumed before them
         paths = list_checkpoints(log_dir)
         for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:
             with suppress(OSError):
                 old.unlink()
-    print(f"checkpoint: {path}")
+    print(f"checkpoint: {path}", flush=True)
+    return True
 
 
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Raises UserError where it is damaged or not one of ours."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("model", "config", "optimizer", "scaler", "step", "settings", "rng", "cuda_rng"):
+        with zipfile.ZipFile(path) as archive:  # a checkpoint is one, with checksums, which torch does not look at
+            if archive.testzip() is not None:
+                raise ValueError("checksum")
+        for key in ("model", "config", "optimizer", "scaler", "step", "settings", "data", "rng", "cuda_rng"):
             checkpoint[key]  # a missing one is a KeyError
         if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
             raise TypeError("step")
@@ -874,14 +886,25 @@ def newest_checkpoint(log_dir, print0):
     return None
 
 
-def restore(checkpoint, optimizer, scaler, settings):
-    """Put back what the checkpoint holds beside the weights."""
+def check_data(was, now):
+    """Raise UserError where the data of a resumed run is not what it was. Both: {split: DataLoaderLite.contents}."""
+    for split in was.keys() & now.keys():
+        for i, (old, new) in enumerate(itertools.zip_longest(was[split], now[split])):
+            if old != new:
+                old, new = (f"{file[0]} with {file[1]} tokens" if file else "none" for file in (old, new))
+                problem = f"the data has changed since the checkpoint: {split} file {i + 1} was {old}, now it is {new}"
+                raise UserError(f"{problem}: put it back, or train its weights on with --init_from")
+
+
+def restore(checkpoint, optimizer, scaler, settings, data):
+    """Put back what the checkpoint holds beside the weights. Raises UserError where that does not fit this run."""
     if checkpoint["settings"]["total_batch_size"] != settings.total_batch_size:
         raise UserError("--total_batch_size cannot change within a run: the place in the data follows from it")
     step = checkpoint["step"]
     if step > settings.max_steps:
         raise UserError(f"the checkpoint has {step} updates: --max_steps={settings.max_steps} would go back")
     try:
+        check_data(checkpoint["data"], data)
         # The averages come from the checkpoint, weight decay and the like from the settings, which a flag may change.
         averages = checkpoint["optimizer"]["state"]
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
@@ -945,12 +968,26 @@ def build_model(settings, given, checkpoint):
 # log/log.txt, one line a value: "250 val 6.1604". The number is that of the updates done when it was measured.
 
 
-def write_log(log_dir, line):
-    try:
-        with open(Path(log_dir) / "log.txt", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise UserError(f"{log_dir}/log.txt cannot be written ({error.strerror}): mend it, then --resume") from error
+class Log:
+    """log.txt in a folder. What cannot be written, on a full disk say, waits for the next line."""
+
+    def __init__(self, log_dir):
+        self.path = Path(log_dir) / "log.txt"
+        self.size = self.path.stat().st_size if self.path.exists() else 0
+        self.waiting = b""
+
+    def write(self, line):
+        self.waiting += line.encode() + b"\n"
+        try:
+            with open(self.path, "ab") as file:
+                if file.tell() > self.size:
+                    file.truncate(self.size)  # the last attempt wrote half a line
+                file.write(self.waiting)
+        except OSError as error:
+            print(f"warning: {self.path} could not be written ({error.strerror}): its lines wait", flush=True)
+            return
+        self.size += len(self.waiting)
+        self.waiting = b""
 
 
 def trim_log(path, step):
@@ -976,16 +1013,41 @@ def set_aside_earlier_run(settings):
         print(f"an earlier run was in {log_dir}: moved to {folder} (delete it when you no longer need it)")
 
 
-def prepare_log_dir(settings, start_step):
-    """Make log_dir ready for a new run, or for one that goes on after start_step updates."""
+@contextmanager
+def locked(log_dir):
+    """Make log_dir, and refuse it to every other run until this one ends, however it does."""
+    folder = None
     try:
-        Path(settings.log_dir).mkdir(parents=True, exist_ok=True)
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        import fcntl  # not on Windows
+
+        folder = os.open(log_dir, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another run writes to {log_dir}: wait for it, end it, or name another --log_dir") from error
+    except (ImportError, OSError) as error:
+        if not os.path.isdir(log_dir):  # else only the lock is missing: some network folders know none
+            raise UserError(f"--log_dir={log_dir} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def prepare_log_dir(settings, start_step):
+    """Make log_dir ready for a new run, or for one that goes on after start_step updates. Returns its Log."""
+    log_dir = Path(settings.log_dir)
+    try:
+        for unfinished in [*log_dir.glob("model_*.pt.tmp"), *log_dir.glob("log.txt.tmp")]:  # of a run that was killed
+            unfinished.unlink()
         if start_step > 0:
-            trim_log(Path(settings.log_dir) / "log.txt", start_step)
+            trim_log(log_dir / "log.txt", start_step)
         else:
             set_aside_earlier_run(settings)
+        return Log(log_dir)
     except OSError as error:
-        raise UserError(f"--log_dir={settings.log_dir} cannot be written: {error}") from error
+        raise UserError(f"--log_dir={log_dir} cannot be written: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1079,9 +1141,9 @@ def print_samples(model, encoding, settings, device, autocast):
 
 
 def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scaler):
-    """Add the gradient of one update to the parameters' .grad; returns its mean loss, on the device.
+    """Add the gradient of one update to the parameters' .grad; returns this process's mean loss, on the device.
 
-    model: the one that trains, perhaps compiled and wrapped in DDP. The result is the same for every division of the
+    model: the one that trains, perhaps compiled and wrapped in DDP. The gradient is the same for every division of the
     update's tokens into processes and micro-batches, but for rounding.
     """
     ddp = loader.num_processes > 1
@@ -1101,14 +1163,26 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
             loss = loss / grad_accum_steps  # gradients add up, and a mean is wanted
             scaler.scale(loss).backward()
         loss_accum += loss.detach()  # not loss.item(), which would wait for the GPU
-    if ddp:
-        dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)  # gloo, the CPU's backend, has no mean
-        loss_accum /= loader.num_processes
     return loss_accum
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 13. The training loop
+
+
+def catch_signals():
+    """From now on, SIGTERM and SIGINT (Ctrl-C) do no more than enter the list that this returns. A second SIGINT ends
+    the process at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, catch)
+    signal.signal(signal.SIGINT, catch)
+    return caught
 
 
 def train(settings, given, checkpoint):
@@ -1168,6 +1242,7 @@ def train(settings, given, checkpoint):
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data)
     val_loader = DataLoaderLite(B, T, rank, world_size, "val", settings.data) if settings.eval_interval else None
+    contents = {"train": train_loader.contents} | ({"val": val_loader.contents} if val_loader else {})
     encoding, hella_rows = gpt2_encoding(), None
     if settings.eval_interval and settings.hellaswag != "off":
         hella_rows = load_hellaswag(settings.hellaswag, rank, world_size, device, print0)
@@ -1181,7 +1256,7 @@ def train(settings, given, checkpoint):
     # Where the run stands.
     start_step = 0
     if checkpoint is not None:
-        restore(checkpoint, optimizer, scaler, settings)
+        restore(checkpoint, optimizer, scaler, settings, contents)
         start_step = checkpoint["step"]
         checkpoint.clear()  # 1.5 GB (for 124M parameters), now in the model and the optimizer
     if ddp:
@@ -1190,9 +1265,7 @@ def train(settings, given, checkpoint):
         if steps[0] != -steps[1]:
             raise UserError("the processes found different checkpoints: --log_dir must be a folder that all share")
     train_loader.set_position(start_step * grad_accum_steps)
-    writes_log = is_master and settings.max_steps > 0
-    if writes_log:
-        prepare_log_dir(settings, start_step)
+    log = prepare_log_dir(settings, start_step) if is_master and settings.max_steps > 0 else None
 
     # What is about to happen.
     c = raw_model.config
@@ -1210,32 +1283,35 @@ def train(settings, given, checkpoint):
     flops_per_token = 6 * (num_params - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
     peak = peak_flops(device, dtype)
 
+    # Asked to stop, all processes finish the update, save and leave. That torchrun has gone counts as being asked.
+    caught, interrupted, parent = catch_signals(), 0, os.getppid()
+    saved = True
     step_seconds, train_loss, val_loss = [], math.nan, math.nan
     for step in range(start_step, settings.max_steps + 1):
         last_step = step == settings.max_steps
 
         # Evaluate.
-        if settings.eval_interval and (step % settings.eval_interval == 0 or last_step):
+        if settings.eval_interval and (step % settings.eval_interval == 0 or last_step) and not interrupted:
             val_loss = evaluate(raw_model, val_loader, settings.val_tokens, device, autocast)
             if not math.isfinite(val_loss):
                 stop_training(settings, f"step {step}: validation loss {val_loss}")
             print0(f"validation loss: {val_loss:.4f}")
-            if writes_log:
-                write_log(settings.log_dir, f"{step} val {val_loss:.4f}")
+            if log:
+                log.write(f"{step} val {val_loss:.4f}")
             if hella_rows:
                 correct = evaluate_hellaswag(raw_model, hella_rows, rank, world_size, device, autocast)
                 total = len(hella_rows.labels)
                 print0(f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f}")
-                if writes_log:
-                    write_log(settings.log_dir, f"{step} hella {correct / total:.4f}")
+                if log:
+                    log.write(f"{step} hella {correct / total:.4f}")
             if is_master and settings.num_samples:
                 print_samples(raw_model, encoding, settings, device, autocast)
 
         # Save.
-        due = last_step or (settings.checkpoint_interval and step % settings.checkpoint_interval == 0)
-        if is_master and due and step > start_step:
-            save_checkpoint(settings.log_dir, step, raw_model, optimizer, scaler, settings)
-        if last_step:
+        at_interval = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
+        if is_master and step > start_step and (at_interval or last_step or interrupted):
+            saved = save_checkpoint(settings.log_dir, step, raw_model, optimizer, scaler, settings, contents)
+        if last_step or interrupted:
             break
 
         # Gradient, clipped to a norm of at most grad_clip: one odd batch must not move the weights far.
@@ -1245,10 +1321,20 @@ def train(settings, given, checkpoint):
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
 
+        # The processes agree on the mean loss, and on whether to stop.
+        asked = bool(caught) or (ddp and os.getppid() != parent)
+        shared = torch.stack((loss_accum / world_size, torch.tensor(float(asked), device=device)))
+        if ddp:
+            dist.all_reduce(shared, op=dist.ReduceOp.SUM)  # gloo, the CPU's backend, has no mean
+
         # Step. Until here the CPU only queued work for the GPU. Now, once an update, it waits for the result: before
         # the optimizer's step, so that a loss that is not a number never reaches the weights.
-        train_loss, norm = torch.stack((loss_accum, norm)).tolist()
-        if not math.isfinite(train_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
+        train_loss, any_asked, norm = torch.stack((*shared, norm)).tolist()
+        if any_asked:
+            interrupted = caught[0] if caught else signal.SIGTERM
+        # In float16 the scaler skips an update whose gradient overflowed, and halves its factor: not for ever.
+        hopeless = not scaler.is_enabled() or scaler.get_scale() < 1
+        if not math.isfinite(train_loss) or (not math.isfinite(norm) and hopeless):
             stop_training(settings, f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update")
         lr = get_lr(step, settings.max_steps, settings.warmup_steps, max_lr, min_lr)
         for group in optimizer.param_groups:
@@ -1261,14 +1347,15 @@ def train(settings, given, checkpoint):
         step_seconds.append(time.perf_counter() - t0)
         tokens_per_second = settings.total_batch_size / step_seconds[-1]
         mfu = f"mfu {100 * flops_per_token * tokens_per_second / (peak * world_size):.1f}% | " if peak else ""
-        left = (settings.max_steps - step - 1) * statistics.fmean(step_seconds[1:][-100:] or step_seconds)
+        recent = step_seconds[max(1, len(step_seconds) - 100) :] or step_seconds
+        left = (settings.max_steps - step - 1) * statistics.fmean(recent)
         print0(
             f"step {step:5d} | loss {train_loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
             f"dt {1000 * step_seconds[-1]:.2f}ms | tok/s {tokens_per_second:.0f} | "
             f"{mfu}left {timedelta(seconds=round(left))}"
         )
-        if writes_log:
-            write_log(settings.log_dir, f"{step} train {train_loss:.6f}")
+        if log:
+            log.write(f"{step} train {train_loss:.6f}")
 
     # Sum up.
     if step_seconds:
@@ -1282,11 +1369,15 @@ def train(settings, given, checkpoint):
         )
     if ddp:
         dist.destroy_process_group()
+    if not saved:
+        raise UserError(f"the last checkpoint could not be written to {settings.log_dir}: make room, then --resume")
+    if interrupted:
+        print0(f"{signal.Signals(interrupted).name}: stopped after {step} updates, --resume goes on")
+        sys.exit(128 + interrupted)
 
 
-def main(argv=None):
-    given = parse_flags(argv)
-    rank, _, world_size = place_among_processes()
+def run(given, rank, world_size):
+    """One run, with the flags that were given."""
     print0 = print if rank == 0 else lambda text: None
     log_dir = given.get("log_dir", str(HERE / "log"))
     checkpoint = newest_checkpoint(log_dir, print0) if given.get("resume") else None
@@ -1306,6 +1397,14 @@ def main(argv=None):
             remedy = f"use --micro_batch_size={fit_micro_batch(settings, world_size, exact=False)}"
         where = "" if "can't allocate memory" in str(error) else "GPU "
         raise UserError(f"out of {where}memory: {remedy}") from error
+
+
+def main(argv=None):
+    given = parse_flags(argv)
+    rank, _, world_size = place_among_processes()
+    writes = rank == 0 and given.get("max_steps") != 0
+    with locked(given.get("log_dir", str(HERE / "log"))) if writes else nullcontext():
+        run(given, rank, world_size)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,10 @@ def train(tmp_path, shards, capsys):
         train_gpt2.main([*TINY, *defaults, *flags])
         return capsys.readouterr().out
 
-    return run
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def read_log(folder):

@@ -1,8 +1,11 @@
 """The training loop: what it computes, that it can be interrupted, and what it says when something is wrong."""
 
+import math
 import pickle
 import re
 import shutil
+import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -611,22 +614,145 @@ def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path, monkey
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.txt", "model_00002.pt"]
 
 
-def test_a_full_disk_leaves_older_checkpoints_and_no_stray_file(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("failing", "kept"), [([4], [2, 6]), ([6], [2, 4]), ([4, 6], [2])])
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_training(train, tmp_path, monkeypatch, failing, kept):
+    train(f"--log_dir={tmp_path / 'whole'}")
     real_save = torch.save
 
     def save(checkpoint, path):
-        if checkpoint["step"] == 4:
+        if checkpoint["step"] in failing:
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
         real_save(checkpoint, path)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(UserError, match=r"model_00004\.pt could not be written .*No space left"):
+    with pytest.raises(UserError, match="the last checkpoint could not") if 6 in failing else nullcontext():
+        train("--keep_checkpoints=2")
+    names = ["log.txt", *(f"model_{step:05d}.pt" for step in kept)]
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == names
+    monkeypatch.undo()
+    train("--resume", "--keep_checkpoints=2")
+    assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
+
+
+def test_log_lines_that_cannot_be_written_wait(tmp_path, monkeypatch, capsys):
+    log = train_gpt2.Log(tmp_path)
+    log.write("0 train 1.000000")
+    with open(log.path, "ab") as file:
+        file.write(b"1 tra")  # all that a full disk took of a line
+    with monkeypatch.context() as patch:
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("builtins.open", full)
+        log.write("1 train 2.000000")
+    assert "No space left on device" in capsys.readouterr().out
+    log.write("2 train 3.000000")
+    assert log.path.read_text() == "0 train 1.000000\n1 train 2.000000\n2 train 3.000000\n"
+
+
+def stop_after(updates, numbers, monkeypatch):
+    """Send this process signals while it computes the update after so many."""
+    accumulate, calls = train_gpt2.accumulate_gradients, []
+
+    def gradient(*args):
+        calls.append(1)
+        if len(calls) == updates + 1:
+            for number in numbers:
+                signal.raise_signal(number)
+        return accumulate(*args)
+
+    monkeypatch.setattr(train_gpt2, "accumulate_gradients", gradient)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("updates", [0, 2, 3, 5])
+def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(train, tmp_path, monkeypatch, number, updates):
+    train(f"--log_dir={tmp_path / 'whole'}")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_after(updates, [number], patch)
+        train()
+    assert end.value.code == 128 + number
+    assert train_gpt2.newest_checkpoint(tmp_path / "log", print)["step"] == updates + 1
+    train("--resume")
+    assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
+
+
+def test_a_second_interrupt_leaves_at_once(train, tmp_path, monkeypatch):
+    stop_after(3, [signal.SIGINT, signal.SIGINT], monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
         train()
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.txt", "model_00002.pt"]
-    monkeypatch.undo()
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(train, tmp_path):
+    train("--max_steps=2")
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "log").iterdir())
+    with train_gpt2.locked(tmp_path / "log"):
+        for flags in ([], ["--resume"]):
+            with pytest.raises(UserError, match="another run writes to"):
+                train(*flags)
+        train(f"--init_from={tmp_path / 'log' / 'model_00002.pt'}", "--max_steps=0")  # writes nothing
+    assert sorted((path, path.read_bytes()) for path in (tmp_path / "log").iterdir()) == before
     train("--resume")
-    assert [step for step, _ in losses(tmp_path / "log")] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: np.save(folder / "tiny_train_000001.npy", np.ones(38, dtype=np.uint16)), "37 .* 38 tokens"),
+        (lambda folder: (folder / "tiny_train_000001.npy").unlink(), "train file 2 was tiny_train_000001.npy with 37"),
+        (lambda folder: write_shards(folder, "train", [200, 37, 111, 5]), "train file 4 was none"),
+        (lambda folder: write_shards(folder, "val", [250]), "val file 1 was tiny_val_000000.npy with 251"),
+    ],
+)
+def test_resuming_over_other_data_is_refused(train, tmp_path, shards, change, message):
+    data = f"--data={shutil.copytree(shards, tmp_path / 'data')}"
+    train(data, "--max_steps=2")
+    change(tmp_path / "data")
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "log").iterdir())
+    with pytest.raises(UserError, match=message):
+        train("--resume", data)
+    assert sorted((path, path.read_bytes()) for path in (tmp_path / "log").iterdir()) == before
+    train("--resume", f"--data={shards}")  # the same data elsewhere will do
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed_or_harmless(train, tmp_path):
+    train("--max_steps=2", "--n_embd=2", "--n_layer=1")
+    path = tmp_path / "log" / "model_00002.pt"
+    good, content = train_gpt2.load_checkpoint(path), path.read_bytes()
+    rng, noticed = np.random.default_rng(0), 0
+    for place in rng.integers(0, len(content), 60):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        try:
+            checkpoint = train_gpt2.load_checkpoint(path)
+        except UserError:
+            noticed += 1
+            continue
+        assert all(torch.equal(checkpoint["model"][name], tensor) for name, tensor in good["model"].items())
+        assert checkpoint["settings"] == good["settings"]
+    assert noticed > 30
+
+
+def test_float16_does_not_skip_updates_for_ever(train, monkeypatch):
+    """Each skipped update halves the scaler's factor, 65,536 at first; below 1 it is no longer the factor's fault."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def overflow(parameters, max_norm):
+        return clip(parameters, max_norm) * math.inf
+
+    def unscale(scaler, optimizer):
+        state = scaler._per_optimizer_states[id(optimizer)]
+        state["found_inf_per_device"] = {torch.device("cpu"): torch.tensor(1.0)}
+        state["stage"] = torch.amp.grad_scaler.OptState.UNSCALED
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
+    with pytest.raises(UserError, match="step 17: loss .*, gradient norm inf"):
+        train("--dtype=float16", "--max_steps=30", "--eval_interval=0", "--checkpoint_interval=0")
 
 
 def test_no_path_needs_the_working_directory(tmp_path, monkeypatch):
