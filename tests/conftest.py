@@ -28,6 +28,16 @@ TINY = [
 ]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: real processes and faults; runs with -m slow alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 def write_shards(folder, split, lengths, seed=0):
     """Shards of random tokens; returns them end to end."""
     rng = np.random.default_rng([seed, len(split)])
