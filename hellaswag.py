@@ -24,6 +24,7 @@ from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file, run_s
 
 HERE = Path(__file__).resolve().parent
 OFFICIAL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+TIMEOUT = 30  # seconds that the download may stand still
 
 
 class Rows(NamedTuple):
@@ -39,7 +40,7 @@ def fetch(path):
     """Download the official file. Raises UserError where that does not work, after a bounded wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(OFFICIAL, timeout=30) as response:
+        with urllib.request.urlopen(OFFICIAL, timeout=TIMEOUT) as response:
             content = response.read()
         replace_file(path, lambda temporary: temporary.write_bytes(content))
     except (OSError, http.client.HTTPException) as error:
