@@ -1,14 +1,22 @@
 """
 What the speed is, beside what one would use instead: interleaved rounds, medians.
 
+    python tests/benchmark.py train                # an update, step by step from plain to fast, beside transformers'
+    python tests/benchmark.py losses               # are the losses of 20 updates those of transformers' model?
+    python tests/benchmark.py loop                 # what share of a run evaluation, samples and checkpoints take
+    python tests/benchmark.py loader               # what share of an update the data takes
+    python tests/benchmark.py sample               # tokens a second of GPT.generate
     python tests/benchmark.py tokenize             # fineweb.py beside a plain loop
     python tests/benchmark.py hellaswag            # hellaswag.py beside one example at a time
 
---json FILE keeps the figures. Quote the ratios: machines differ, and so do their days.
+--json FILE keeps the figures, `train --plot FILE` draws them. Quote the ratios: machines differ, and so do their days.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -18,28 +26,382 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fineweb
 import hellaswag
-from train_gpt2 import GPT, GPTConfig, keep_freed_memory, pick_device
+from train_gpt2 import (
+    GPT,
+    DataLoaderLite,
+    GPTConfig,
+    Settings,
+    accumulate_gradients,
+    evaluate,
+    evaluate_hellaswag,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    print_samples,
+    save_checkpoint,
+)
+
+
+def machine():
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+        name = name if torch.cuda.is_available() else cpu
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def print_table(title, rows):
     """rows: [(label, number, unit)]."""
     print(f"\n{title}")
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    print(machine())
     for label, number, unit in rows:
         print(f"  {label:52s} {number:14,.2f} {unit}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train
+#
+# Every contender runs in a process of its own, so that its peak memory is its own. In each round all of them take their
+# turn, so that a slow minute of the machine strikes them alike.
+
+# What each step of the ladder adds to the one above it. The last one is this script's update.
+LADDERS = {
+    "cpu": {
+        "float32": {},
+        "bf16 autocast": {"dtype": "bfloat16"},
+        "freed memory kept": {"keep": True},
+        "fused AdamW": {"fused": True},
+        "loss by 512 tokens": {"whole_loss": False},
+        "torch.compile": {"compile": True},
+    },
+    "cuda": {
+        "float32": {},
+        "TF32": {"tf32": True},
+        "bf16 autocast": {"dtype": "bfloat16"},
+        "torch.compile": {"compile": True},
+        "flash attention": {"flash": True},
+        "vocabulary 50304": {"vocab_size": 50304},
+        "fused AdamW": {"fused": True},
+    },
+}
+PEERS = {"transformers eager": {"compile": False}, "transformers compiled": {"compile": True}}
+T = 1024
+
+
+def contenders(device_type):
+    """{name: what it switches on}, the peers first."""
+    cuda = device_type == "cuda"
+    plain = {"dtype": "float32", "compile": False, "fused": False, "keep": False, "whole_loss": True, "tf32": False}
+    plain |= {"vocab_size": 50257, "flash": False} if cuda else {"vocab_size": 50304, "flash": True}
+    found = {name: {"peer": True, **switches} for name, switches in PEERS.items()}
+    for name, switches in LADDERS[device_type].items():
+        plain = plain | switches
+        found[name] = plain
+    return found
+
+
+class PeerLoss(torch.nn.Module):
+    """transformers' GPT2LMHeadModel behind this script's interface: (None, loss)."""
+
+    def __init__(self, config):
+        super().__init__()
+        from transformers import GPT2LMHeadModel
+
+        self.model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+
+    def forward(self, idx, targets):
+        logits = self.model(input_ids=idx, use_cache=False).logits
+        return None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def whole_loss(self, idx, targets):
+    """GPT.forward as it would be without pieces."""
+    return None, F.cross_entropy(self.lm_head(self.hidden(idx)).flatten(0, 1), targets.flatten())
+
+
+def peer_config():
+    from transformers import GPT2Config
+
+    return GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def build_contender(switches, device):
+    """(model, optimizer, autocast), ready to train."""
+    torch.manual_seed(0)
+    if switches.get("peer"):
+        torch.set_float32_matmul_precision("high")
+        model = PeerLoss(peer_config()).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        return model, optimizer, torch.autocast(device.type, dtype=torch.bfloat16)
+    if switches["tf32"]:
+        torch.set_float32_matmul_precision("high")
+    if switches["keep"]:
+        keep_freed_memory()
+    if switches["whole_loss"]:
+        GPT.forward = whole_loss
+    model = GPT(GPTConfig(vocab_size=switches["vocab_size"])).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, device.type if switches["fused"] else "none")
+    dtype = getattr(torch, switches["dtype"])
+    return model, optimizer, nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def run_contender(name, device, micro_batch_size, warmup, updates):
+    """Print the seconds of each of this contender's updates, its peak memory and its number of parameters, as JSON."""
+    device = pick_device(device, local_rank=0, world_size=1)
+    switches = contenders(device.type)[name]
+    model, optimizer, autocast = build_contender(switches, device)
+    params = sum(p.numel() for p in model.parameters())
+    trained = torch.compile(model) if switches["compile"] else model
+    attention = nullcontext() if switches.get("flash", True) else sdpa_kernel(SDPBackend.MATH)
+    loader = DataLoaderLite(micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    seconds = []
+    for _ in range(warmup + updates):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with attention:
+            loss = accumulate_gradients(trained, loader, 1, device, autocast, scaler)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.stack((loss, norm)).tolist()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": seconds[warmup:], "memory": peak_memory(device), "params": params}))
+
+
+def benchmark_train(options):
+    device = pick_device(options.device, local_rank=0, world_size=1)
+    names = [name for name in contenders(device.type) if not options.only or name in options.only.split(",")]
+    seconds, memory, params = {name: [] for name in names}, {}, {}
+    for _ in range(options.rounds):
+        for name in names:
+            command = [sys.executable, __file__, "contender", name, options.device]
+            command += [str(options.micro_batch_size), str(options.warmup), str(options.updates)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode != 0:
+                print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                continue
+            result = json.loads(done.stdout.splitlines()[-1])
+            seconds[name] += result["seconds"]
+            memory[name], params[name] = max(result["memory"], memory.get(name, 0)), result["params"]
+            print(f"{name}: {statistics.median(result['seconds']):.3f} s", file=sys.stderr)
+    peak = peak_flops(device, torch.bfloat16)
+    figures, rows = {"micro_batch_size": options.micro_batch_size, "contenders": {}}, []
+    fastest_peer = max((1 / statistics.median(seconds[name]) for name in PEERS if seconds.get(name)), default=None)
+    for name in names:
+        if not seconds[name]:
+            rows.append((name, math.nan, "tokens/s  did not run"))
+            continue
+        median = statistics.median(seconds[name])
+        rate = options.micro_batch_size * T / median
+        mfu = (6 * (params[name] - T * 768) + 12 * 12 * 768 * T) * rate / peak if peak else None
+        ratio = 1 / median / fastest_peer if fastest_peer else None
+        figures["contenders"][name] = {
+            "tokens_per_second": rate,
+            "ms_per_update": 1000 * median,
+            "mfu": mfu,
+            "memory_gb": memory[name] / 1e9,
+            "times_the_faster_peer": ratio,
+            "updates_timed": len(seconds[name]),
+        }
+        note = f"tokens/s {1000 * median:9.1f} ms {memory[name] / 1e9:6.2f} GB"
+        note += f" {100 * mfu:5.1f} % MFU" if mfu else ""
+        note += f" {ratio:5.2f} x" if ratio else ""
+        rows.append((name, rate, note))
+    print_table(f"train: 124M, {options.micro_batch_size} x {T} tokens an update, {device.type}", rows)
+    if options.plot:
+        plot_ladder(figures, Path(options.plot), device.type)
+    return figures
+
+
+def plot_ladder(figures, path, device_type):
+    from matplotlib.figure import Figure
+
+    names = list(figures["contenders"])[::-1]  # the first one on top
+    rates = [figures["contenders"][name]["tokens_per_second"] for name in names]
+    figure = Figure(figsize=(9, 0.42 * len(names) + 0.8), dpi=200, layout="constrained")
+    ax = figure.subplots()
+    ax.barh(names, rates, color=["0.7" if name in PEERS else "C0" for name in names])
+    for i, rate in enumerate(rates):
+        ax.annotate(f"{rate:,.0f}", (rate, i), (4, 0), textcoords="offset points", va="center")
+    ax.set_xlabel(
+        f"tokens a second, 124M parameters, {figures['micro_batch_size']} x {T} tokens an update, {device_type}"
+    )
+    ax.margins(x=0.1)
+    ax.spines[["top", "right"]].set_visible(False)
+    fineweb.replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def benchmark_losses(options):
+    """The same weights, the same batches, the same settings: 20 updates of both, in bf16."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    device = pick_device(options.device, local_rank=0, world_size=1)
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(vocab_size=50257))
+    peer = PeerLoss(peer_config())
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        config = GPT2Config.from_pretrained(folder)
+        peer.model = GPT2LMHeadModel.from_pretrained(folder, config=config, attn_implementation="sdpa")
+    autocast, losses = torch.autocast(device.type, dtype=torch.bfloat16), {}
+    for name, model in (("ours", ours), ("peer", peer)):
+        model = model.to(device).train()
+        decay = [p for p in model.parameters() if p.dim() >= 2]
+        rest = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
+        if name == "ours":
+            optimizer = model.configure_optimizers(0.1, 3e-4, device.type)
+        loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        losses[name] = []
+        for _ in range(20):
+            optimizer.zero_grad(set_to_none=True)
+            losses[name].append(accumulate_gradients(model, loader, 1, device, autocast, scaler).item())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            print(f"{name} {len(losses[name])}: {losses[name][-1]:.4f}", file=sys.stderr)
+    difference = max(abs(a - b) for a, b in zip(losses["ours"], losses["peer"], strict=True))
+    rows = [("largest difference", difference, ""), ("last loss, ours", losses["ours"][-1], "")]
+    rows.append(("last loss, transformers", losses["peer"][-1], ""))
+    print_table("losses: 20 updates from the same weights", rows)
+    return {**losses, "largest_difference": difference}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loop, loader, sample
+
+
+def timed(function, rounds):
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def benchmark_loop(options):
+    """The parts of the recipe's run, measured; and what share of it is not training: between two evaluations there are
+    250 updates of 524,288 tokens."""
+    device = pick_device(options.device, local_rank=0, world_size=1)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    settings = Settings(val_tokens=4 * options.micro_batch_size * T)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50304)).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, device.type)
+    trained = torch.compile(model) if device.type == "cuda" else model
+    dtype = pick_dtype("auto", device)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
+    val_loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "val", ROOT / "input.txt")
+    examples = hellaswag.load_examples(options.data)
+    examples = examples[:: max(1, len(examples) // options.examples)]
+    rows = hellaswag.tokenize(examples)
+
+    def update():
+        optimizer.zero_grad(set_to_none=True)
+        loss = accumulate_gradients(trained, loader, 1, device, autocast, scaler)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.stack((loss, norm)).tolist()
+        optimizer.step()
+
+    def validate():
+        evaluate(model, val_loader, settings.val_tokens, device, autocast)
+
+    def hella():
+        evaluate_hellaswag(model, rows, 0, 1, device, autocast)
+
+    def samples():
+        with contextlib.redirect_stdout(io.StringIO()):
+            print_samples(model, fineweb.gpt2_encoding(), settings, device, autocast)
+
+    def checkpoint():
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            save_checkpoint(folder, 0, model, optimizer, scaler, settings, {})
+
+    parts = {"update": update, "validation": validate, "hellaswag": hella, "samples": samples, "checkpoint": checkpoint}
+    seconds = {name: [] for name in parts}
+    for i in range(options.rounds + 1):
+        for name, part in parts.items():
+            start = time.perf_counter()
+            part()
+            if i > 0:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = options.micro_batch_size * T
+    cost = {  # in a stretch of 250 updates
+        "update": medians["update"] * 250 * 524288 / tokens,
+        "validation": medians["validation"] * 10485760 / min(settings.val_tokens, val_loader.num_tokens - 1),
+        "hellaswag": medians["hellaswag"] * 10042 / len(examples),
+        "samples": medians["samples"],
+        "checkpoint": medians["checkpoint"] * 250 / 5000,
+    }
+    total = sum(cost.values())
+    rows = [(f"{name}: {value:,.1f} s", 100 * value / total, "% of the run") for name, value in cost.items()]
+    rows.append(("all but the updates", 100 * (1 - cost["update"] / total), "% of the run"))
+    print_table(f"loop: 250 updates of the recipe and what comes with them, {device.type}, computed from parts", rows)
+    return {"seconds": cost, "share_that_is_not_updates": 1 - cost["update"] / total}
+
+
+def benchmark_loader(options):
+    loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.random.default_rng(0).integers(0, 50257, 10_000_000).astype(np.uint16)
+        np.save(Path(folder) / "x_train_000001.npy", tokens)
+        shards = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", folder)
+        batch = {"text": timed(loader.next_batch, 200), "shards": timed(shards.next_batch, 200)}
+    figures = {f"{name}_ms": 1000 * seconds for name, seconds in batch.items()}
+    tokens_per_second = options.micro_batch_size * T / batch["shards"]
+    figures["shards_tokens_per_second"] = tokens_per_second
+    figures["share_of_a_step_at_450k_tokens_per_second"] = 450_000 / tokens_per_second
+    rows = [(f"a batch from {name}", 1000 * seconds, "ms") for name, seconds in batch.items()]
+    rows.append(("tokens a second from shards", tokens_per_second, ""))
+    rows.append(("share of a step of a GPU that trains on 450,000 a second", 45_000_000 / tokens_per_second, "%"))
+    print_table(f"loader: {options.micro_batch_size} x {T} tokens", rows)
+    return figures
+
+
+def benchmark_sample(options):
+    device = pick_device(options.device, local_rank=0, world_size=1)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50304)).to(device)
+    idx = torch.zeros(4, 8, dtype=torch.int64, device=device)
+    dtype = pick_dtype("auto", device)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+    def generate():
+        with autocast:
+            model.generate(idx, 32).tolist()
+
+    generate()
+    seconds = timed(generate, options.rounds)
+    rows = [("4 samples of 32 tokens", seconds, "s"), ("tokens a second", 4 * 32 / seconds, "")]
+    print_table(f"sample: 124M, {device.type}, {dtype}", rows)
+    return {"seconds": seconds, "tokens_per_second": 4 * 32 / seconds}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,14 +437,18 @@ def plain_loop(dataset, out):
     from datasets import load_dataset
 
     documents = load_dataset(dataset, name="sample-10BT", split="train")
-    tokens = np.empty(100_000_000, dtype=np.uint16)
-    filled = 0
+    shard = np.empty(100_000_000, dtype=np.uint16)
+    filled = number = 0
     with multiprocessing.Pool(1) as pool:
-        for piece in pool.imap(plain_tokenize, documents, chunksize=16):
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-    np.save(Path(out) / "plain.npy", tokens[:filled])
-    print(filled)
+        for tokens in pool.imap(plain_tokenize, documents, chunksize=16):
+            while len(tokens) > len(shard) - filled:
+                room = len(shard) - filled
+                shard[filled:] = tokens[:room]
+                np.save(Path(out) / f"plain_{number:06d}.npy", shard)
+                tokens, filled, number = tokens[room:], 0, number + 1
+            shard[filled : filled + len(tokens)] = tokens
+            filled += len(tokens)
+    np.save(Path(out) / f"plain_{number:06d}.npy", shard[:filled])
 
 
 def encode_for(seconds, queue):
@@ -132,10 +498,9 @@ def benchmark_tokenize(options):
         for name in ("whole", "half"):
             index = json.loads((folder / f"{name}_0" / "index.json").read_text(encoding="utf-8"))
             tokens[name] = index["tokens"]
-        same = np.array_equal(
-            np.load(folder / "plain.npy"),
-            np.concatenate([np.load(path) for path in sorted((folder / "whole_0").glob("*.npy"), reverse=True)]),
-        )
+        plain_shards = sorted(folder.glob("plain_*.npy"))
+        our_shards = sorted((folder / "whole_0").glob("*.npy"), key=lambda path: path.name[-10:])
+        same = [path.read_bytes() for path in plain_shards] == [path.read_bytes() for path in our_shards]
     assert same, "the two make different tokens"
     median = {name: statistics.median(values) for name, values in seconds.items()}
     running = (tokens["whole"] - tokens["half"]) / (median["ours"] - median["ours, half"])
@@ -227,22 +592,42 @@ def main():
     if sys.argv[1:2] == ["plain_loop"]:
         plain_loop(*sys.argv[2:])
         return
+    if sys.argv[1:2] == ["contender"]:
+        name, device, *numbers = sys.argv[2:]
+        run_contender(name, device, *map(int, numbers))
+        return
+    benchmarks = {
+        "train": benchmark_train,
+        "losses": benchmark_losses,
+        "loop": benchmark_loop,
+        "loader": benchmark_loader,
+        "sample": benchmark_sample,
+        "tokenize": benchmark_tokenize,
+        "hellaswag": benchmark_hellaswag,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    tokenize = commands.add_parser("tokenize")
-    tokenize.add_argument("--documents", type=int, default=90_000, help="at most 95,000: they must fit one shard")
-    hella = commands.add_parser("hellaswag")
-    hella.add_argument("--data", default="official", help="a local JSON-lines file")
-    hella.add_argument("--examples", type=int, default=300)
-    hella.add_argument("--n_layer", type=int, default=4)
-    hella.add_argument("--n_embd", type=int, default=128)
-    hella.add_argument("--device", default="auto")
-    for command in (tokenize, hella):
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    commands = {name: subparsers.add_parser(name) for name in benchmarks}
+    for name in ("train", "losses", "loop", "loader"):
+        commands[name].add_argument("--micro_batch_size", type=int, default=4, help="sequences of 1024 tokens [4]")
+    commands["train"].add_argument("--only", help="names of contenders, with commas between [all]")
+    commands["train"].add_argument("--warmup", type=int, default=2, help="updates before the clock starts [2]")
+    commands["train"].add_argument("--updates", type=int, default=3, help="updates timed in a round [3]")
+    commands["train"].add_argument("--plot", help="draw the ladder to this PNG file")
+    commands["tokenize"].add_argument("--documents", type=int, default=200_000, help="of about 1,000 tokens [200000]")
+    for name in ("hellaswag", "loop"):
+        commands[name].add_argument("--data", default="official", help="a local JSON-lines file")
+        commands[name].add_argument("--examples", type=int, default=300)
+    commands["hellaswag"].add_argument("--n_layer", type=int, default=4)
+    commands["hellaswag"].add_argument("--n_embd", type=int, default=128)
+    for command in commands.values():
+        command.add_argument("--device", default="auto")
         command.add_argument("--rounds", type=int, default=3)
         command.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
-    figures = {"tokenize": benchmark_tokenize, "hellaswag": benchmark_hellaswag}[options.command](options)
+    figures = benchmarks[options.command](options)
     if options.json:
+        figures |= {"machine": machine()}
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
