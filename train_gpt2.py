@@ -50,14 +50,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
+from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 
 # UserError: a mistake that the user can mend, shown in one line. replace_file: writes a file whole or not at all.
-from fineweb import FlagError, OneLineParser, UserError, gpt2_encoding, replace_file, run_script
+from fineweb import FlagError, OneLineParser, UserError, gpt2_encoding, replace_file, run_script, vocabulary_files
 
 HERE = Path(__file__).resolve().parent
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
@@ -309,10 +310,13 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them, in float32.
+        """Write what transformers, lm-evaluation-harness and llama.cpp's converter read: the weights, in float32, with
+        their configuration, and the tokenizer's files.
 
-        The rows that only pad the vocabulary stay behind: 50,257 are written.
+        The rows that only pad the vocabulary stay behind: 50,257 are written. Raises OSError where the folder cannot be
+        written, UserError where the tokenizer's files are missing.
         """
+        vocab_json, merges = vocabulary_files()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         vocab_size = min(self.config.vocab_size, GPT2_VOCAB_SIZE)
@@ -322,6 +326,7 @@ class GPT(nn.Module):
             if name == "transformer.wte.weight":
                 tensor = tensor[:vocab_size]
             tensors[name] = (tensor.t() if name.endswith(self.TRANSPOSED) else tensor).contiguous()
+        end_of_text = {"bos_token_id": GPT2_VOCAB_SIZE - 1, "eos_token_id": GPT2_VOCAB_SIZE - 1}
         config = {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
@@ -336,12 +341,25 @@ class GPT(nn.Module):
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
             "resid_pdrop": 0.0,
-            "bos_token_id": GPT2_VOCAB_SIZE - 1,
-            "eos_token_id": GPT2_VOCAB_SIZE - 1,
+            **end_of_text,
         }
-        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(config, indent=2) + "\n"
-        replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        tokenizer = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": self.config.block_size,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        }
+        files = {
+            "config.json": json.dumps(config, indent=2).encode(),
+            "generation_config.json": json.dumps(end_of_text, indent=2).encode(),
+            "tokenizer_config.json": json.dumps(tokenizer, indent=2).encode(),
+            "vocab.json": vocab_json.read_bytes(),
+            "merges.txt": merges.read_bytes(),
+            "model.safetensors": save(tensors, metadata={"format": "pt"}),
+        }
+        for name, content in files.items():
+            replace_file(folder / name, lambda path, content=content: path.write_bytes(content))
 
     # ------------------------------------------------------------------------------------------------------------------
     # 3. Sampling
@@ -562,6 +580,7 @@ class Settings:
     data: str = setting("edu_fineweb10B", "data", "folder of token shards, or a text file (its last tenth validates)")
     log_dir: str = setting("log", "data", "folder for log.txt and the checkpoints")
     init_from: str = setting("scratch", "data", "scratch, gpt2 to gpt2-xl, a folder of weights, or a checkpoint")
+    export: str = setting("", "data", "only write init_from's or resume's weights here, as transformers reads them")
     resume: bool = setting(False, "data", "go on from the newest checkpoint in log_dir, with its settings")
     model: str = setting("gpt2", "model", "shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl")
     n_layer: int | None = setting(None, "model", "blocks, instead of the shape's")
@@ -583,9 +602,9 @@ class Settings:
     hellaswag: str = setting("official", "evaluation", "official, off, or a local JSON-lines file")
     checkpoint_interval: int = setting(5000, "evaluation", "updates between checkpoints; 0 saves at the end only")
     keep_checkpoints: int = setting(0, "evaluation", "newest checkpoints to keep; 0 keeps all")
-    prompt: str = setting("Hello, I'm a language model,", "evaluation", "text that the samples continue")
+    prompt: str = setting("Hello, I'm a language model,", "evaluation", "text that the samples continue; - reads stdin")
     num_samples: int = setting(4, "evaluation", "samples printed at each evaluation")
-    max_new_tokens: int = setting(32, "evaluation", "tokens in a sample after the prompt")
+    max_new_tokens: int = setting(32, "evaluation", "most tokens in a sample after the prompt")
     temperature: float = setting(1.0, "evaluation", "of sampling; 0 always takes the likeliest token")
     top_k: int = setting(50, "evaluation", "draw among this many likeliest tokens; 0 among all")
     device: str = setting("auto", "system", "auto, cuda, mps or cpu")
@@ -757,6 +776,20 @@ def peak_flops(device, dtype):
     peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
     # Whole names only: an H100 PCIe, and the Ti, D and laptop kinds of an RTX, are other chips.
     return next((flops for key, flops in peaks.items() if name.endswith(key)), None)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def attention_kernel(config, device, dtype):
+    """Which of PyTorch's kernels scaled_dot_product_attention takes here: "flash attention", ..., "math"."""
+    q = torch.empty(1, config.n_head, config.block_size, config.n_embd // config.n_head, device=device, dtype=dtype)
+    try:
+        kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    except (AttributeError, RuntimeError, ValueError):  # not a public function: a later torch may not have it
+        return "attention"
+    return kernel.lower().replace("_", " ")
 
 
 def peak_memory(device):
@@ -1123,14 +1156,17 @@ def evaluate_hellaswag(model, rows, rank, world_size, device, autocast):
 
 
 def print_samples(model, encoding, settings, device, autocast):
-    """Print num_samples continuations of the prompt, the same ones for the same weights and seed."""
-    tokens = encoding.encode_ordinary(settings.prompt) or [encoding.eot_token]
-    idx = torch.tensor([tokens] * settings.num_samples, device=device)  # (num_samples, T)
+    """Print num_samples continuations of the prompt, each to its <|endoftext|>: the same ones for the same weights and
+    seed. Of a prompt that is longer than the context, the model sees the end."""
+    prompt = encoding.encode_ordinary(settings.prompt)
+    start = prompt or [encoding.eot_token]  # which stands before each document
+    idx = torch.tensor([start] * settings.num_samples, device=device)  # (num_samples, T)
     generator = torch.Generator(device=device).manual_seed(settings.seed)
     with autocast:
         idx = model.generate(idx, settings.max_new_tokens, settings.temperature, settings.top_k, generator)
-    for i, row in enumerate(idx.tolist()):
-        print(f"sample {i}: {encoding.decode(row)}")
+    for i, row in enumerate(idx[:, len(start) :].tolist()):
+        end = row.index(encoding.eot_token) if encoding.eot_token in row else len(row)
+        print(f"sample {i}: {encoding.decode(prompt + row[:end])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1226,11 +1262,13 @@ def train(settings, given, checkpoint):
     if ddp and local_rank == 0:
         dist.barrier()
     model = raw_model
-    compiled = settings.compile == "True" or (settings.compile == "auto" and device.type == "cuda")
-    if compiled and (error := why_not_compile(device)):
-        print0(f"warning: torch.compile does not work here ({error}), running eager: slower, with the same results")
-        compiled = False
-    if compiled:
+    mode = "eager (--compile compiles)"
+    if settings.compile == "True" or (settings.compile == "auto" and device.type == "cuda"):
+        error = why_not_compile(device)
+        mode = f"eager ({error})" if error else "compiled"
+        if error:
+            print0(f"warning: torch.compile does not work here ({error}), running eager: slower, with the same results")
+    if mode == "compiled":
         # The compiler sees the whole network and fuses neighbouring operations into one kernel, which saves their trips
         # to memory (lecture: 300 to 130 ms).
         model = torch.compile(raw_model)
@@ -1270,12 +1308,15 @@ def train(settings, given, checkpoint):
     # What is about to happen.
     c = raw_model.config
     epochs = settings.max_steps * settings.total_batch_size / train_loader.num_tokens
-    precision, mode = str(dtype).removeprefix("torch."), "compiled" if compiled else "eager"
-    print0(f"device: {world_size} x {device.type}, {precision}, {mode}")
-    print0(f"model: {num_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide")
-    print0(f"data: {settings.data}, {train_loader.num_tokens:,} training tokens, {epochs:.2f} epochs in this run")
+    precision = str(dtype).removeprefix("torch.")
+    print0(f"device: {world_size} x {device_name(device)}, {precision}, {attention_kernel(c, device, dtype)}, {mode}")
+    print0(f"model: {num_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {T}")
+    for split, loader in (("training", train_loader), ("validation", val_loader)):
+        if loader:
+            print0(f"{split} data: {loader.num_tokens:,} tokens, files: {len(loader.contents)}, from {settings.data}")
     print0(f"update: {settings.total_batch_size:,} tokens: {B} x {T} in {grad_accum_steps} micro-steps x {world_size}")
-    print0(f"results: {settings.log_dir}")
+    if log:
+        print0(f"run: {settings.max_steps:,} updates, {epochs:.2f} epochs, results in {settings.log_dir}")
 
     # What share of the hardware's arithmetic is used (MFU). A token costs 6 FLOPs for each weight but the positions: a
     # multiplication and an addition, once forward and twice backward; and 12 for each layer, channel and token of
@@ -1376,6 +1417,18 @@ def train(settings, given, checkpoint):
         sys.exit(128 + interrupted)
 
 
+def export(settings, given, checkpoint):
+    """What --export asks for."""
+    if checkpoint is None and settings.init_from == "scratch":
+        raise FlagError("--export writes the weights that --init_from or --resume names: give one of them")
+    model = build_model(settings, given, checkpoint)
+    try:
+        model.save_pretrained(settings.export)
+    except OSError as error:
+        raise UserError(f"--export={settings.export} cannot be written: {error}") from error
+    print(f"exported: {settings.export}")
+
+
 def run(given, rank, world_size):
     """One run, with the flags that were given."""
     print0 = print if rank == 0 else lambda text: None
@@ -1383,6 +1436,11 @@ def run(given, rank, world_size):
     checkpoint = newest_checkpoint(log_dir, print0) if given.get("resume") else None
     saved = checkpoint["settings"] | {"log_dir": log_dir} if checkpoint else None
     settings = make_settings(given, saved)
+    if settings.export:
+        export(settings, given, checkpoint)
+        return
+    if settings.prompt == "-" and rank == 0:
+        settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
     if saved is None and "data" not in given and settings.data == str(HERE / "input.txt"):
         print0("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
     try:
@@ -1402,7 +1460,7 @@ def run(given, rank, world_size):
 def main(argv=None):
     given = parse_flags(argv)
     rank, _, world_size = place_among_processes()
-    writes = rank == 0 and given.get("max_steps") != 0
+    writes = rank == 0 and given.get("max_steps") != 0 and not given.get("export")
     with locked(given.get("log_dir", str(HERE / "log"))) if writes else nullcontext():
         run(given, rank, world_size)
 

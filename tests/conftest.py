@@ -86,14 +86,14 @@ def read_log(folder):
     return [(int(step), kind, value) for step, kind, value in (line.split() for line in lines)]
 
 
-def run_script(*flags, nproc=None, env=None, root=ROOT):
+def run_script(*flags, nproc=None, env=None, root=ROOT, stdin=None):
     """The script in a process of its own, or in nproc of them under torchrun."""
     start = [sys.executable]
     if nproc:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command = [*start, str(root / "train_gpt2.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300}
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300, "input": stdin}
     return subprocess.run(command, check=False, env=environment, **options)
 
 

@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT, edit_json
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from fineweb import UserError
+from fineweb import UserError, gpt2_encoding
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig, get_lr, gpt3_max_lr
 
 SHAPES = {
@@ -70,7 +70,6 @@ def test_saved_folder_is_read_by_transformers(tmp_path):
     again = GPT.from_pretrained(tmp_path)
     assert again.config.vocab_size == 50257
     assert torch.equal(again.transformer.wte.weight, model.transformer.wte.weight[:50257])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_both_key_layouts_and_split_files_load(tmp_path):
@@ -247,3 +246,32 @@ def test_config_json_says_gpt2(tmp_path):
     small_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["vocab_size"], config["n_positions"]) == ("gpt2", 50257, 8)
+
+
+def test_an_exported_folder_serves_transformers_offline(tmp_path):
+    """Its AutoTokenizer has tiktoken's ids, its AutoModel writes our text."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(20)  # far from indifferent, so that rounding decides nothing
+    model.save_pretrained(tmp_path)
+    files = {"config.json", "generation_config.json", "model.safetensors", "vocab.json", "merges.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {*files, "tokenizer_config.json"}
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever may read one may read all
+
+    tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path), gpt2_encoding()
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
+    text += (
+        "\t\r\n  x  I'LL it's 12345,67 \u00e4\u00df\u4e2d\u6587\U0001f600 \u200b\u00a0 def f(x):\n    return {}\n\n\n"
+    )
+    assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text)
+    assert tokenizer.decode(encoding.encode_ordinary(text), clean_up_tokenization_spaces=False) == text
+    assert tokenizer.eos_token_id == encoding.eot_token
+    assert tokenizer.model_max_length == 64
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.lm_head.weight.shape[0] == 50257
+    idx = torch.tensor([encoding.encode_ordinary("Hello, I'm a language model,")])
+    mask = torch.ones_like(idx)
+    expected = theirs.generate(idx, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    assert torch.equal(model.generate(idx, 40, temperature=0), expected)

@@ -124,7 +124,7 @@ def test_without_a_compiler_the_run_is_eager_with_one_warning(train, monkeypatch
     monkeypatch.setattr(torch, "compile", broken)
     out = train("--compile=True", "--max_steps=1")
     assert out.count("warning: torch.compile does not work here") == 1
-    assert ", eager\n" in out
+    assert ", eager (RuntimeError)\n" in out
 
 
 def test_float16_scales_the_gradients(train, tmp_path):
@@ -134,6 +134,47 @@ def test_float16_scales_the_gradients(train, tmp_path):
     assert checkpoint["scaler"]["scale"] >= 1.0
     for a, b in zip(losses(tmp_path / "full"), losses(tmp_path / "half"), strict=True):
         assert float(a[1]) == pytest.approx(float(b[1]), abs=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Using a model
+
+
+def test_prompt_from_standard_input_continues(train, tmp_path, shards):
+    train("--max_steps=2")
+    weights = f"--init_from={tmp_path / 'log' / 'model_00002.pt'}"
+    flags = [weights, f"--data={shards}", "--max_steps=0", "--eval_interval=1", "--num_samples=2"]
+    text = "Wer reitet so sp\u00e4t?\n\n" + "word " * 100  # longer than the context, of 16 tokens
+    given = run_script(*TINY, *flags, f"--prompt={text}")
+    read = run_script(*TINY, *flags, "--prompt=-", stdin=text + "\n")
+    assert read.returncode == 0, read.stderr
+    assert read.stdout == given.stdout
+    assert f"sample 1: {text}" in read.stdout
+
+
+def test_a_sample_ends_at_the_end_of_text(train, monkeypatch):
+    new = torch.tensor([[50256, 11], [11, 50256], [11, 13], [50256, 50256]])
+    monkeypatch.setattr(GPT, "generate", lambda self, idx, *_: torch.cat((idx, new), dim=1))
+    out = train("--max_steps=0", "--num_samples=4", "--max_new_tokens=2", "--prompt=A")
+    samples = [line for line in out.splitlines() if line.startswith("sample")]
+    assert samples == ["sample 0: A", "sample 1: A,", "sample 2: A,.", "sample 3: A"]
+
+
+def test_export_writes_weights_and_nothing_else(train, tmp_path):
+    train("--max_steps=2")
+    before = sorted(tmp_path.glob("log/*"))
+    for flags in (["--resume"], [f"--init_from={tmp_path / 'log' / 'model_00002.pt'}"]):
+        train(*flags, f"--export={tmp_path / 'folder'}")
+        model = GPT.from_pretrained(tmp_path / "folder")
+        weights = train_gpt2.load_checkpoint(tmp_path / "log" / "model_00002.pt")["model"]
+        assert torch.equal(model.lm_head.weight, weights["lm_head.weight"][:50257])
+        shutil.rmtree(tmp_path / "folder")
+    assert sorted(tmp_path.glob("log/*")) == before
+    with pytest.raises(FlagError, match="--export writes the weights that"):
+        train(f"--export={tmp_path / 'folder'}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train("--resume", f"--export={tmp_path / 'file'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
