@@ -649,7 +649,7 @@ def parse_flags(argv):
         options = {"type": convert[f.type], "metavar": f.name.upper()}
         if f.type is bool or f.name == "compile":  # --resume reads as --resume=True
             options |= {"nargs": "?", "const": convert[f.type]("True")}
-        default = "" if f.default is None else f" [{f.default}]"
+        default = "" if f.default in (None, "") else f" [{f.default}]"
         groups[name].add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%") + default, **options)
     given, unknown = parser.parse_known_args(argv)
     if unknown:

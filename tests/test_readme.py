@@ -1,12 +1,16 @@
 """What the README says is there, is there."""
 
+import json
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import fineweb
+import plot
 import train_gpt2
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +23,7 @@ def section(title):
 def test_the_map_names_places_that_exist():
     names = re.findall(
         r"`([\w.]+)`",
-        "".join(line.split("|")[2] for line in section("From the lecture to the code").splitlines()[2:] if "|" in line),
+        "".join(line.split("|")[3] for line in section("From the lecture to the code").splitlines()[2:] if "|" in line),
     )
     assert len(names) > 20
     for name in names:
@@ -43,17 +47,58 @@ def commands():
     )
 
 
+SCRIPTS = {"train_gpt2.py": train_gpt2, "fineweb.py": fineweb, "plot.py": plot, "hellaswag.py": None}
+
+
+def script_and_flags(command):
+    """The script that a command runs, and its flags; (None, []) where it runs none of ours."""
+    words = shlex.split(command.split(" < ")[0])
+    for i, word in enumerate(words):
+        if Path(word).name in SCRIPTS:
+            return Path(word).name, words[i + 1 :]
+    return None, []
+
+
 @pytest.mark.parametrize("command", commands())
 def test_every_command_parses(command):
-    words = shlex.split(command)
-    for name, parse in [
-        ("train_gpt2.py", train_gpt2.parse_flags),
-        ("fineweb.py", fineweb.parse_flags),
-        ("hellaswag.py", None),
-    ]:
-        place = [i for i, word in enumerate(words) if word.endswith(name)]
-        if place and parse and "--help" not in words:
-            parse(words[place[0] + 1 :])
-        if place:
-            return
-    assert "pytest" in command
+    script, flags = script_and_flags(command)
+    if script is None:
+        assert "pytest" in command
+    elif SCRIPTS[script] and "--help" not in flags:
+        SCRIPTS[script].parse_flags(flags)
+
+
+def test_the_commands_do_what_they_say(tmp_path, monkeypatch, capsys):
+    """All of them in the README's order, in one folder, as a reader would; downloads aside, and with a small model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scene.txt").write_text("Enter ROMEO.\n", encoding="utf-8")
+    (tmp_path / "my_text.txt").write_text("What's in a name? " * 200, encoding="utf-8")
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "A rose by any other name"}) + "\n", encoding="utf-8")
+    small = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--total_batch_size=32", "--val_tokens=64"]
+    ran, downloads = [], ("--init_from=gpt2", "hellaswag.py", "--verify")
+    for command in dict.fromkeys(commands()):
+        script, flags = script_and_flags(command)
+        fetches = any(name in command for name in downloads) or command == "python fineweb.py"
+        if script is None or fetches or "--help" in flags:
+            continue
+        if script == "train_gpt2.py":
+            flags = flags + [f"--log_dir={tmp_path / 'log'}", "--device=cpu", "--num_samples=1", "--max_new_tokens=2"]
+            own = "--init_from" in command or "--resume" in flags
+            flags += [] if own else [flag for flag in small if flag.split("=")[0] not in command]
+            flags += [] if "--max_steps" in command or own else ["--max_steps=60"]
+            flags += [] if "--export" in command or "--data" in command or own else [f"--data={ROOT / 'input.txt'}"]
+            flags = [flag for flag in flags if "micro_batch" not in flag and not flag.startswith("--device=mps")]
+            flags += ["--block_size=8", "--total_batch_size=32"] if "--total_batch_size=8192" in flags else []
+        if script == "plot.py":
+            flags = flags or ["log"]
+            shutil.copytree(tmp_path / "log", tmp_path / "other" / "log", dirs_exist_ok=True)
+        if " < " in command:
+            monkeypatch.setattr("sys.stdin", open(command.split(" < ")[1], encoding="utf-8"))  # noqa: SIM115
+        SCRIPTS[script].main(flags)
+        ran.append((command, capsys.readouterr().out))
+    printed = dict(ran)
+    assert len(ran) > 12
+    assert "Enter ROMEO." in next(out for command, out in ran if " < scene.txt" in command)
+    assert "exported: my_gpt2" in next(out for command, out in ran if "--export" in command)
+    assert (tmp_path / "shards" / "edufineweb_val_000000.npy").exists()
+    assert printed["python plot.py"].endswith("log.png\n")
