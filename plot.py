@@ -6,7 +6,7 @@ Draws the log of train_gpt2.py as a picture: the loss and, if it was measured, t
     python plot.py --tokens_per_step=524288     # over the tokens trained on, instead of the updates
     python plot.py --help                       # every setting
 
-A run that is still training can be drawn too. Needs matplotlib, which nothing else here does: pip install matplotlib
+A run that is still training can be drawn too. Needs matplotlib, which training does not: pip install matplotlib
 
 Importing this file runs nothing, and does not import matplotlib.
 """

@@ -15,6 +15,9 @@ The file is made to be read from top to bottom. What a section uses has been exp
      6. The learning rate               13. The training loop
      7. The settings
 
+The lecture's chapter on speed is a ladder, in milliseconds an update: float32 1000, TF32 333, bf16 300, compile 130,
+flash attention 96, padded vocabulary 93, fused AdamW 90. Each step is explained where it is used.
+
 On a first reading, skip the flags in 7, all of 9 but its last function, and 10: they are housekeeping. "Lecture" is
 Andrej Karpathy's "Let's reproduce GPT-2 (124M)", which this file follows; its timings are for 16 x 1024 tokens on one
 A100.
@@ -57,7 +60,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 
-# UserError: a mistake that the user can mend, shown in one line. replace_file: writes a file whole or not at all.
+# UserError: a mistake that the user can mend; FlagError: one in the flags. run_script: runs main and shows them in one
+# line. gpt2_encoding: the tokenizer. vocabulary_files: its files. replace_file: writes a file whole or not at all.
 from fineweb import FlagError, OneLineParser, UserError, gpt2_encoding, replace_file, run_script, vocabulary_files
 
 HERE = Path(__file__).resolve().parent
@@ -93,8 +97,10 @@ class GPTConfig:
 class LayerNorm(nn.Module):
     """Bring each token's C numbers to mean 0 and variance 1, then scale and shift them: (B, T, C) -> (B, T, C).
 
-    nn.LayerNorm in two steps, at the same speed. On the CPU, it rounds the gradients of weight and bias differently for
-    every number of threads. This does not, so that two processes with half of the threads each train as one does.
+    This is nn.LayerNorm, with scale and shift as operations of their own (torch.compile fuses them again). On the CPU,
+    nn.LayerNorm's kernel adds up the gradients of weight and bias in an order that depends on the number of threads.
+    Written like this the sums are the same for every number, so that two processes with half of the threads each
+    (section 8) train exactly as one does.
     """
 
     def __init__(self, n_embd):
@@ -127,10 +133,10 @@ class CausalSelfAttention(nn.Module):
         if x.device.type == "cpu":  # its kernel is faster with each head's numbers in one piece (5 % of an update)
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         # softmax(q k^T / sqrt(head_size)) v, with later tokens masked out. Done step by step, the T x T matrix of each
-        # head goes through GPU memory for the scores, the scale, the mask and the softmax. In bf16 or float16 on a GPU
-        # this call is FlashAttention (Dao et al. 2022): it works in tiles that fit on the chip, never writes the matrix
-        # to memory, and computes it again in the backward pass. More arithmetic, far less traffic (lecture: 130 to 96
-        # ms an update).
+        # head goes through GPU memory for the scores, the scale, the mask and the softmax. Instead PyTorch picks a
+        # fused kernel, FlashAttention (Dao et al. 2022) or one of the same idea; the start-up message says which. It
+        # works in tiles that fit on the chip, never writes the matrix to memory, and computes it again in the backward
+        # pass. More arithmetic, far less traffic (lecture: 130 to 96 ms an update).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -229,8 +235,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None  # (B, T, vocab_size)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
-        # The logits of all tokens at once, their softmax and its gradient are gigabytes of fresh memory. A CPU is faster
-        # with 512 tokens at a time (14 to 12 seconds for an update of 4,096 tokens), a GPU with all of them.
+        # The logits of all tokens at once, their softmax and its gradient are gigabytes of fresh memory. A CPU is
+        # faster with 512 tokens at a time (14 to 12 seconds for an update of 4,096 tokens), a GPU with all of them.
         size = 512 if x.device.type == "cpu" else len(x)
         losses = [
             F.cross_entropy(self.lm_head(part), answers, ignore_index=-1, reduction="sum")
@@ -255,7 +261,7 @@ class GPT(nn.Module):
         """
         folder = Path(name_or_folder)
         if name_or_folder in MODELS:
-            from huggingface_hub import snapshot_download  # asks the network, so only where it is needed
+            from huggingface_hub import snapshot_download  # takes a second, so only where it is needed
 
             files = ["config.json", "model.safetensors"]
             try:
@@ -365,7 +371,8 @@ class GPT(nn.Module):
     # 3. Sampling
     #
     # Predict the next token, draw it, append it, and again: nothing more is needed to write text. Each token computes
-    # its whole context anew, which is slow and simple. Without dropout there is no model.eval() to call.
+    # its whole context anew (no key/value cache), which is slow and simple. Without dropout there is no model.eval() to
+    # call.
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
@@ -589,7 +596,9 @@ class Settings:
     block_size: int = setting(1024, "model", "context and sequence length T, tokens")
     vocab_size: int = setting(50304, "model", "rows of the token embedding: GPT-2's 50257 tokens and padding")
     total_batch_size: int = setting(524288, "optimisation", "tokens in an update, on all processes together")
-    micro_batch_size: int = setting(64, "optimisation", "sequences a process computes at once; fewer if not divisible")
+    micro_batch_size: int = setting(
+        64, "optimisation", "sequences a process computes at once (the default shrinks to a divisor)"
+    )
     max_steps: int = setting(19073, "optimisation", "updates; 0 only evaluates and samples")
     warmup_steps: int = setting(715, "optimisation", "updates in which the learning rate rises")
     max_lr: float | None = setting(None, "optimisation", "peak learning rate [GPT-3's for the size: 6e-4 for gpt2]")
@@ -612,7 +621,8 @@ class Settings:
     compile: str = setting("auto", "system", "torch.compile: auto (on CUDA), True or False")
 
 
-# What a text file of about a megabyte wants instead, small enough for two CPU cores.
+# What a text file of about a megabyte wants instead, small enough for two CPU cores. The learning rate is half of
+# GPT-3's: the gradient of 1,024 tokens is noisy, and at 6e-4 it jumps.
 TEXT_FILE_SETTINGS = {
     "block_size": 128,
     "total_batch_size": 1024,
@@ -713,6 +723,14 @@ def fit_micro_batch(settings, world_size, exact):
 # processes (world_size of them), and its local rank among those of its machine, which is the number of its GPU. All
 # hold the same weights, each computes the gradient of its own share of the batch, DistributedDataParallel (DDP)
 # averages the gradients, and all make the same update.
+#
+# Each computes in the precision that its hardware is fast in. Autocast picks it operation by operation, in the forward
+# pass and the loss: matrix products in bf16, with half the bits to move and twice the peak rate (the lecture gained
+# only 333 to 300 ms from it: memory traffic was the limit, until compilation and flash attention took that away);
+# softmax, norms and the loss, where rounding would add up, in float32. The weights and the optimizer's state stay in
+# float32. On GPUs without bf16 it is float16, in which small gradients would become zero. So a gradient scaler
+# multiplies the loss by a large factor, divides the gradients by it before the step, and skips the update if one
+# overflowed. With the other formats it does nothing.
 
 
 def place_among_processes():
@@ -726,7 +744,9 @@ def place_among_processes():
 def pick_device(name, local_rank, world_size):
     """The device of this process. Raises UserError where there is none of that kind, or too few."""
     if name == "auto":
-        mps = torch.backends.mps.is_available() and world_size == 1  # gloo, the CPU's DDP, cannot talk to MPS
+        mps = (
+            torch.backends.mps.is_available() and world_size == 1
+        )  # gloo, which carries DDP's tensors there, knows no MPS
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
@@ -829,8 +849,8 @@ def why_not_compile(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
 #
-# All that the next update depends on, what data it was, and the first process's random states, for whoever adds dropout.
-# Tensors and plain types only, so that opening one cannot run code.
+# All that the next update depends on, what data it was, and the first process's random states, for whoever adds
+# dropout. Tensors and plain types only, so that opening one cannot run code.
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")  # model_05000.pt: after 5000 updates
 
@@ -1172,7 +1192,7 @@ def print_samples(model, encoding, settings, device, autocast):
 # ----------------------------------------------------------------------------------------------------------------------
 # 12. The gradient of an update
 #
-# GPT-3's batch of half a million tokens fits on no GPU at once. But the loss is a mean, so its gradient can be made in
+# Here the micro-batches of section 5 come together. The loss of an update is a mean, so its gradient can be made in
 # parts: micro-batch after micro-batch on each process, adding up, then the mean over the processes.
 
 
@@ -1246,13 +1266,9 @@ def train(settings, given, checkpoint):
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=device_id, timeout=timedelta(hours=1))
 
-    # The precision. Autocast picks it operation by operation in the forward pass and the loss: matrix products in bf16,
-    # half the bits to move, at twice the speed (lecture: 333 to 300 ms); softmax, norms and the loss, where
-    # rounding would add up, in float32. The weights and the optimizer's state stay in float32.
+    # The precision (section 8).
     dtype = pick_dtype(settings.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-    # In float16, small gradients would become zero. So the scaler multiplies the loss by a large factor, divides the
-    # gradients by it before the step, and skips the update if one overflowed. With the other formats it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # The model. The first process of a machine may have to download it; the others then find it in the cache.
@@ -1359,7 +1375,7 @@ def train(settings, given, checkpoint):
         t0 = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         loss_accum = accumulate_gradients(model, train_loader, grad_accum_steps, device, autocast, scaler)
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # so that the norm is that of the true gradient
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
 
         # The processes agree on the mean loss, and on whether to stop.
@@ -1373,9 +1389,10 @@ def train(settings, given, checkpoint):
         train_loss, any_asked, norm = torch.stack((*shared, norm)).tolist()
         if any_asked:
             interrupted = caught[0] if caught else signal.SIGTERM
-        # In float16 the scaler skips an update whose gradient overflowed, and halves its factor: not for ever.
-        hopeless = not scaler.is_enabled() or scaler.get_scale() < 1
-        if not math.isfinite(train_loss) or (not math.isfinite(norm) and hopeless):
+        # In float16 a gradient may overflow: the scaler then skips the update and halves its factor. Once that is below
+        # 1, it is no longer the factor's fault.
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not math.isfinite(train_loss) or not (math.isfinite(norm) or may_overflow):
             stop_training(settings, f"step {step}: loss {train_loss}, gradient norm {norm}: stopped before the update")
         lr = get_lr(step, settings.max_steps, settings.warmup_steps, max_lr, min_lr)
         for group in optimizer.param_groups:

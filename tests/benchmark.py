@@ -409,7 +409,7 @@ def benchmark_sample(options):
 
 
 def write_documents(folder, count):
-    """Parquet in the layout of FineWeb-Edu's sample, with documents of web length: about a thousand tokens, few short."""
+    """Parquet in the layout of FineWeb-Edu's sample, documents of web length, about a thousand tokens."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -577,7 +577,8 @@ def benchmark_hellaswag(options):
     rates = {name: len(examples) / statistics.median(values) for name, values in seconds.items()}
     figures = {"examples": len(examples), **shape, "plain": rates["plain"], "ours": rates["ours"]}
     figures |= {"ratio": rates["ours"] / rates["plain"], "predictions_that_differ": differ}
-    title = f"hellaswag: {len(examples)} examples, {shape['n_layer']} layers, {shape['n_embd']} wide, float32, {device.type}"
+    size = f"{shape['n_layer']} layers, {shape['n_embd']} wide"
+    title = f"hellaswag: {len(examples)} examples, {size}, float32, {device.type}"
     rows = [
         ("one example at a time, all logits", rates["plain"], "examples/s"),
         ("hellaswag.py", rates["ours"], "examples/s"),

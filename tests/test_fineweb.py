@@ -1,4 +1,4 @@
-"""fineweb.py, with `datasets` really reading small files: the same bytes however it is run, interrupted, or restarted."""
+"""fineweb.py, with `datasets` really reading small files: the same bytes however it is run or interrupted."""
 
 import json
 import os
