@@ -267,12 +267,13 @@ def tokenize_block(blocks, i):
 
 
 def tokenized_blocks(pool, blocks, first, num_proc):
-    """Blocks from the first on, tokenized, in order. A few are ahead, so that a slow disk does not fill the memory."""
+    """Blocks from the first on, tokenized, in order. Some are ahead, so that the processes have work while a shard is
+    written, but not so many that a slow disk fills the memory."""
     packed = pickle.dumps(blocks)
     ahead = deque()
     for i in range(first, blocks.count):
         ahead.append(pool.submit(tokenize_block, packed, i))
-        if len(ahead) > 3 * num_proc:
+        if len(ahead) > 8 * num_proc:
             yield ahead.popleft().result()
     while ahead:
         yield ahead.popleft().result()

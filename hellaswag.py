@@ -13,6 +13,7 @@ Importing this file runs nothing, needs no network, and does not import `dataset
 """
 
 import http.client
+import time
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file, run_s
 
 HERE = Path(__file__).resolve().parent
 OFFICIAL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-TIMEOUT = 30  # seconds that the download may stand still
+TIMEOUT = 30  # seconds that the download may stand still; in all it may take twenty times as long
 
 
 class Rows(NamedTuple):
@@ -40,8 +41,12 @@ def fetch(path):
     """Download the official file. Raises UserError where that does not work, after a bounded wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        content, deadline = b"", time.monotonic() + 20 * TIMEOUT
         with urllib.request.urlopen(OFFICIAL, timeout=TIMEOUT) as response:
-            content = response.read()
+            while piece := response.read1():
+                content += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{len(content)} bytes in {20 * TIMEOUT} seconds")
         replace_file(path, lambda temporary: temporary.write_bytes(content))
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"HellaSwag could not be fetched from {OFFICIAL} ({error}): name a local copy") from error

@@ -904,10 +904,10 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings, data):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Raises UserError where it is damaged or not one of ours."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:  # a checkpoint is one, with checksums, which torch does not look at
             if archive.testzip() is not None:
                 raise ValueError("checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("model", "config", "optimizer", "scaler", "step", "settings", "data", "rng", "cuda_rng"):
             checkpoint[key]  # a missing one is a KeyError
         if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:

@@ -116,8 +116,9 @@ def contenders(device_type):
     return found
 
 
-class PeerLoss(torch.nn.Module):
-    """transformers' GPT2LMHeadModel behind this script's interface: (None, loss)."""
+class Peer(torch.nn.Module):
+    """transformers' GPT2LMHeadModel behind this script's interface, (None, loss), used as its documentation has it: the
+    labels are the inputs, and it moves them on by itself (so the last token of a row has none)."""
 
     def __init__(self, config):
         super().__init__()
@@ -126,8 +127,7 @@ class PeerLoss(torch.nn.Module):
         self.model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
 
     def forward(self, idx, targets):
-        logits = self.model(input_ids=idx, use_cache=False).logits
-        return None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return None, self.model(input_ids=idx, labels=idx, use_cache=False).loss
 
 
 def whole_loss(self, idx, targets):
@@ -146,7 +146,7 @@ def build_contender(switches, device):
     torch.manual_seed(0)
     if switches.get("peer"):
         torch.set_float32_matmul_precision("high")
-        model = PeerLoss(peer_config()).to(device)
+        model = Peer(peer_config()).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
         return model, optimizer, torch.autocast(device.type, dtype=torch.bfloat16)
     if switches["tf32"]:
@@ -249,20 +249,30 @@ def plot_ladder(figures, path, device_type):
     fineweb.replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
+class WithTargets(torch.nn.Module):
+    """transformers' model with our targets, so that both are scored on the same tokens."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets):
+        logits = self.model(input_ids=idx, use_cache=False).logits
+        return None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
 def benchmark_losses(options):
     """The same weights, the same batches, the same settings: 20 updates of both, in bf16."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
     device = pick_device(options.device, local_rank=0, world_size=1)
     torch.manual_seed(0)
     ours = GPT(GPTConfig(vocab_size=50257))
-    peer = PeerLoss(peer_config())
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
-        config = GPT2Config.from_pretrained(folder)
-        peer.model = GPT2LMHeadModel.from_pretrained(folder, config=config, attn_implementation="sdpa")
+        theirs = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa")
     autocast, losses = torch.autocast(device.type, dtype=torch.bfloat16), {}
-    for name, model in (("ours", ours), ("peer", peer)):
+    for name, model in (("ours", ours), ("peer", WithTargets(theirs))):
         model = model.to(device).train()
         decay = [p for p in model.parameters() if p.dim() >= 2]
         rest = [p for p in model.parameters() if p.dim() < 2]

@@ -545,7 +545,7 @@ def test_checkpoint_with_a_pickled_object_is_refused(train, tmp_path, save):
         with pytest.raises(UserError) as error:
             train(*flags)
         assert "\n" not in str(error.value)
-    assert "refused" in str(error.value)
+    assert ("refused" if save is torch.save else "is damaged, or no checkpoint") in str(error.value)
     assert not (tmp_path / "owned").exists()
     torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
     assert (tmp_path / "owned").exists()  # it was a live one
