@@ -1426,6 +1426,7 @@ def train(settings, given, checkpoint):
             f"train loss {train_loss:.4f}{f' | val loss {val_loss:.4f}' if settings.eval_interval else ''}"
         )
     if ddp:
+        dist.barrier()  # while the first process saves, nobody hangs up on it
         dist.destroy_process_group()
     if not saved:
         raise UserError(f"the last checkpoint could not be written to {settings.log_dir}: make room, then --resume")

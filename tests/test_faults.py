@@ -532,7 +532,7 @@ def long_run(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("long")
     flags = ["--n_head=1", "--n_embd=2", "--total_batch_size=4", "--max_steps=20000", "--eval_interval=1000"]
     flags += ["--checkpoint_interval=5000", "--keep_checkpoints=1", f"--data={shards}", f"--log_dir={folder / 'log'}"]
-    process = start(folder, *FLAGS, *flags, limit=250)
+    process = start(folder, *FLAGS, *flags, limit=500)
 
     def observe():
         read_until(process, r"^step +2000 ")
@@ -566,7 +566,7 @@ def test_twenty_kills_in_a_row(launch, tmp_path, undisturbed, rng, long_run):
 
 
 def test_twenty_thousand_updates_leak_nothing(long_run):
-    (memory, threads, files), (last_memory, last_threads, last_files), status = long_run.result(timeout=250)
+    (memory, threads, files), (last_memory, last_threads, last_files), status = long_run.result(timeout=500)
     print(f"{memory} and {last_memory} kB, {threads} and {last_threads} threads, {files} and {last_files} files")
     assert status == 0
     assert last_memory < 1.02 * memory

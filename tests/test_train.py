@@ -395,7 +395,7 @@ def test_every_setting_is_a_flag_with_its_default_in_the_help():
     assert run.returncode == 0
     for name, value in vars(Settings()).items():
         assert f"--{name}" in run.stdout
-        assert value is None or f"[{value}]" in " ".join(run.stdout.split())
+        assert value in (None, "") or f"[{value}]" in " ".join(run.stdout.split())
 
 
 def test_the_recipe_is_the_default():
