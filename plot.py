@@ -39,7 +39,7 @@ def read_log(path):
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     values = {"train": {}, "val": {}, "hella": {}}
     for line in lines:
-        if match := re.fullmatch(r"(\d{1,12}) (train \d+\.\d{6}|val \d+\.\d{4}|hella \d+\.\d{4})", line):
+        if match := re.fullmatch(r"(\d{1,12}) (train \d{1,9}\.\d{6}|val \d{1,9}\.\d{4}|hella \d{1,9}\.\d{4})", line):
             kind, value = match[2].split()
             values[kind][int(match[1])] = float(value)
     if not any(values.values()):
@@ -156,7 +156,7 @@ def parse_flags(argv):
     options = parser.parse_args(argv)
     if options.out and not options.out.lower().endswith(".png"):
         parser.error("--out takes the name of a PNG file, such as log.png")
-    if options.tokens_per_step is not None and options.tokens_per_step < 1:
+    if options.tokens_per_step is not None and not 1 <= options.tokens_per_step <= 2**32:
         parser.error("--tokens_per_step takes a number of tokens, such as 524288")
     return options
 
@@ -168,6 +168,8 @@ def main(argv=None):
     runs = {name: read_log(path) for name, path in zip(name_runs(paths), paths, strict=True)}
     figure = draw(runs, options.tokens_per_step)
     out = Path(options.out) if options.out else paths[0].with_suffix(".png")
+    if out.resolve() in [path.resolve() for path in paths]:
+        raise UserError(f"{out} is the log itself: name another --out")
     try:
         replace_file(out, lambda temporary: figure.savefig(temporary, format="png"))
     except OSError as error:

@@ -674,7 +674,9 @@ def make_settings(given, saved=None):
         fineweb, shakespeare = HERE / "edu_fineweb10B", HERE / "input.txt"
         data = given.get("data", str(fineweb if fineweb.exists() else shakespeare))
         saved = {"data": data, "log_dir": str(HERE / "log")} | (TEXT_FILE_SETTINGS if os.path.isfile(data) else {})
-    settings = Settings(**(saved | given))
+    settings = Settings(**(saved | {"export": ""} | given))
+    if given.get("export") == "":
+        raise FlagError("--export needs the name of a folder")
     if os.path.exists(settings.data):
         settings.data = os.path.abspath(settings.data)  # a run may be resumed from another folder
 
@@ -857,7 +859,8 @@ CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")  # model_05000.pt: after 500
 
 def list_checkpoints(log_dir):
     """The checkpoints in a folder, oldest first."""
-    paths = [path for path in Path(log_dir).glob("model_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    paths = Path(log_dir).glob("model_*.pt")
+    paths = [path for path in paths if CHECKPOINT_NAME.fullmatch(path.name) and path.is_file()]
     return sorted(paths, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]))
 
 
@@ -930,6 +933,8 @@ def newest_checkpoint(log_dir, print0):
     for path in reversed(paths):
         try:
             checkpoint = load_checkpoint(path)
+            if checkpoint["step"] != int(CHECKPOINT_NAME.fullmatch(path.name)[1]):
+                raise UserError(f"{path} holds {checkpoint['step']} updates, which is not what its name says")
             print0(f"resume: {path}")
             return checkpoint
         except UserError as error:
@@ -961,9 +966,10 @@ def restore(checkpoint, optimizer, scaler, settings, data):
         # The averages come from the checkpoint, weight decay and the like from the settings, which a flag may change.
         averages = checkpoint["optimizer"]["state"]
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            shapes = {averages[i][name].shape for name in ("exp_avg", "exp_avg_sq")}
-            if shapes != {p.shape}:  # AdamW would believe it, and write past its end
-                raise ValueError(f"shape {shapes}")
+            for name, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
+                average = averages[i][name]  # AdamW would believe any shape, and write past its end
+                if (average.shape, average.dtype, average.layout) != (shape, torch.float32, torch.strided):
+                    raise ValueError(f"{name}: {average.shape}, {average.dtype}")
         optimizer.load_state_dict({"state": averages, "param_groups": optimizer.state_dict()["param_groups"]})
         if checkpoint["scaler"] and scaler.is_enabled():  # it is empty where the run was not in float16
             scaler.load_state_dict(checkpoint["scaler"])
@@ -1030,16 +1036,17 @@ class Log:
         self.waiting = b""
 
     def write(self, line):
+        again = bool(self.waiting)
         self.waiting += line.encode() + b"\n"
         try:
             with open(self.path, "ab") as file:
-                if file.tell() > self.size:
+                if again and file.tell() > self.size:
                     file.truncate(self.size)  # the last attempt wrote half a line
                 file.write(self.waiting)
+                self.size = file.tell()
         except OSError as error:
             print(f"warning: {self.path} could not be written ({error.strerror}): its lines wait", flush=True)
             return
-        self.size += len(self.waiting)
         self.waiting = b""
 
 
@@ -1227,8 +1234,8 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
 
 
 def catch_signals():
-    """From now on, SIGTERM and SIGINT (Ctrl-C) do no more than enter the list that this returns. A second SIGINT ends
-    the process at once."""
+    """From now on, SIGTERM, SIGINT (Ctrl-C) and SIGHUP do no more than enter the list that this returns. A second SIGINT
+    ends the process at once."""
     caught = []
 
     def catch(number, frame):
@@ -1236,8 +1243,10 @@ def catch_signals():
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGTERM, catch)
-    signal.signal(signal.SIGINT, catch)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # the last one, of a terminal that closes, is not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, catch)
     return caught
 
 
@@ -1341,8 +1350,8 @@ def train(settings, given, checkpoint):
     peak = peak_flops(device, dtype)
 
     # Asked to stop, all processes finish the update, save and leave. That torchrun has gone counts as being asked.
-    caught, interrupted, parent = catch_signals(), 0, os.getppid()
-    saved = True
+    caught = catch_signals() if settings.max_steps > 0 else []
+    interrupted, parent, saved = 0, os.getppid(), True
     step_seconds, train_loss, val_loss = [], math.nan, math.nan
     for step in range(start_step, settings.max_steps + 1):
         last_step = step == settings.max_steps
@@ -1458,7 +1467,10 @@ def run(given, rank, world_size):
         export(settings, given, checkpoint)
         return
     if settings.prompt == "-" and rank == 0:
-        settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
+        try:
+            settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
+        except (AttributeError, OSError) as error:
+            raise UserError("--prompt=- reads standard input, which is closed: pipe a text into it") from error
     if saved is None and "data" not in given and settings.data == str(HERE / "input.txt"):
         print0("edu_fineweb10B is not there (python fineweb.py makes it): training on input.txt, with settings to suit")
     try:

@@ -74,7 +74,7 @@ def train(tmp_path, shards, capsys):
         train_gpt2.main([*TINY, *defaults, *flags])
         return capsys.readouterr().out
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -170,6 +170,8 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
         assert torch.equal(model.lm_head.weight, weights["lm_head.weight"][:50257])
         shutil.rmtree(tmp_path / "folder")
     assert sorted(tmp_path.glob("log/*")) == before
+    with pytest.raises(FlagError, match="--export needs the name"):
+        train("--resume", "--export=")
     with pytest.raises(FlagError, match="--export writes the weights that"):
         train(f"--export={tmp_path / 'folder'}")
     (tmp_path / "file").write_text("")
@@ -569,6 +571,7 @@ def damage(key, value):
         *[damage("config.n_layer", value) for value in ("2", -1, 3)],
         *[damage("optimizer", value) for value in (None, {}, {"state": {}, "param_groups": []})],
         *[damage("optimizer.state.0.exp_avg", value) for value in (torch.zeros(3), None, 5)],  # a segmentation fault
+        damage("optimizer.state.0.step", torch.zeros(3)),
         *[damage("rng", value) for value in (None, torch.zeros(3), "x")],
         *[damage("model", value) for value in (None, [], {1: 2}, {"transformer.wte.weight": torch.zeros(2, 2)})],
     ],
@@ -690,6 +693,11 @@ def test_log_lines_that_cannot_be_written_wait(tmp_path, monkeypatch, capsys):
         log.write("1 train 2.000000")
     assert "No space left on device" in capsys.readouterr().out
     log.write("2 train 3.000000")
+    with open(log.path, "a", encoding="utf-8") as file:
+        file.write("# a note\n")  # of somebody else's
+    log.write("3 train 4.000000")
+    assert log.path.read_text().endswith("2 train 3.000000\n# a note\n3 train 4.000000\n")
+    log.path.write_text("".join(line for line in log.path.open() if line[0] in "012"), encoding="utf-8")
     assert log.path.read_text() == "0 train 1.000000\n1 train 2.000000\n2 train 3.000000\n"
 
 
@@ -707,7 +715,7 @@ def stop_after(updates, numbers, monkeypatch):
     monkeypatch.setattr(train_gpt2, "accumulate_gradients", gradient)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("updates", [0, 2, 3, 5])
 def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(train, tmp_path, monkeypatch, number, updates):
     train(f"--log_dir={tmp_path / 'whole'}")
@@ -717,6 +725,17 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(train, tmp_pat
     assert end.value.code == 128 + number
     assert train_gpt2.newest_checkpoint(tmp_path / "log", print)["step"] == updates + 1
     train("--resume")
+    assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
+
+
+def test_a_checkpoint_under_another_name_is_passed_over(train, tmp_path):
+    train(f"--log_dir={tmp_path / 'whole'}")
+    train()
+    (tmp_path / "log" / "model_00006.pt").unlink()
+    shutil.copy(tmp_path / "log" / "model_00002.pt", tmp_path / "log" / "model_99999.pt")
+    out = train("--resume")
+    assert "model_99999.pt holds 2 updates, which is not what its name says: trying the one before" in out
+    assert "model_00004.pt" in out
     assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
 
 
