@@ -14,7 +14,9 @@ What the speed is, beside what one would use instead: interleaved rounds, median
 
 import argparse
 import contextlib
+import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,7 +32,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
+from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -418,27 +422,40 @@ def benchmark_sample(options):
 # tokenize
 
 
+def web_documents(count):
+    """Texts of web length, about a thousand tokens each."""
+    text, rng = (ROOT / "input.txt").read_text(encoding="utf-8"), random.Random(0)
+    for _ in range(count):
+        length = min(100_000, max(200, int(rng.lognormvariate(7.8, 0.8))))
+        start = rng.randrange(len(text) - length)
+        yield text[start : start + length]
+
+
 def write_documents(folder, count):
-    """Parquet in the layout of FineWeb-Edu's sample, documents of web length, about a thousand tokens."""
+    """Parquet in the layout of FineWeb-Edu's sample."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    text, rng = (ROOT / "input.txt").read_text(encoding="utf-8"), random.Random(0)
     (folder / "sample" / "10BT").mkdir(parents=True)
     header = (
         "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
     )
     (folder / "README.md").write_text(header, encoding="utf-8")
-    documents = []
-    for _ in range(count):
-        length = min(100_000, max(200, int(rng.lognormvariate(7.8, 0.8))))
-        start = rng.randrange(len(text) - length)
-        documents.append(text[start : start + length])
-    parquet.write_table(pa.table({"text": documents}), folder / "sample" / "10BT" / "000.parquet", row_group_size=1000)
+    documents = pa.table({"text": list(web_documents(count))})
+    parquet.write_table(documents, folder / "sample" / "10BT" / "000.parquet", row_group_size=1000)
+
+
+@functools.cache
+def plain_encoding():
+    """As tiktoken has it."""
+    ranks = fineweb.gpt2_encoding()._mergeable_ranks
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+    )
 
 
 def plain_tokenize(document):
-    encoding = fineweb.gpt2_encoding()
+    encoding = plain_encoding()
     return np.array([encoding.eot_token, *encoding.encode_ordinary(document["text"])], dtype=np.uint16)
 
 
@@ -462,12 +479,11 @@ def plain_loop(dataset, out):
 
 
 def encode_for(seconds, queue):
-    """Tokens a second of encode_to_numpy alone, on text that is in memory."""
-    text, rng, encoding = (ROOT / "input.txt").read_text(encoding="utf-8"), random.Random(1), fineweb.gpt2_encoding()
-    documents = [text[i : i + 3000] for i in (rng.randrange(len(text) - 3000) for _ in range(2000))]
+    """Tokens a second of encode_to_numpy alone, on the same kind of documents, in memory."""
+    encoding, documents = fineweb.gpt2_encoding(), itertools.cycle(list(web_documents(5000)))
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        for document in documents[:100]:
+        for document in itertools.islice(documents, 100):
             count += len(encoding.encode_to_numpy(document, disallowed_special=()))
     queue.put(count / (time.perf_counter() - start))
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiktoken
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import fineweb
 
@@ -25,6 +28,36 @@ def test_known_ids():
 def test_round_trip(text):
     encoding = fineweb.gpt2_encoding()
     assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+@pytest.fixture(scope="module")
+def tiktokens():
+    """tiktoken's GPT-2 encoding, with tiktoken's own pattern."""
+    ranks, special = fineweb.gpt2_encoding()._mergeable_ranks, {"<|endoftext|>": 50256}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def same_tokens(text, tiktokens):
+    ours = fineweb.gpt2_encoding().encode_to_numpy(text, disallowed_special=())
+    return np.array_equal(ours, tiktokens.encode_ordinary(text))
+
+
+@settings(max_examples=1000)
+@given(st.text() | st.text("aZéß漢ا 's'llveret1½²٣_-.!😀\u0301\u200d\u00a0\u3000\u0085\x1c\t\n\r  "))
+def test_the_pattern_cuts_as_tiktokens_own_does(tiktokens, text):
+    assert same_tokens(text, tiktokens)
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", ".", "1", "漢", "😀", "'s", "\t ", "a "])
+@pytest.mark.parametrize("end", ["", "x", " ", "\n x"])
+def test_very_long_runs_are_cut_as_tiktoken_does(tiktokens, character, end):
+    assert same_tokens(character * 100_000 + end, tiktokens)
+
+
+def test_every_character_is_cut_as_tiktoken_does(tiktokens):
+    characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+    for start in range(0, len(characters), 1000):
+        assert same_tokens("".join(f"{c}a{c} {c}" for c in characters[start : start + 1000]), tiktokens)
 
 
 def test_importing_runs_no_foreign_code_and_no_datasets():
