@@ -7,7 +7,8 @@ HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? P
 
 Completion style: a row is the context and one ending, and the prediction is the ending to which the model gives the
 lowest mean loss over the ending's own tokens (acc_norm), or the lowest sum (acc). GPT-2: acc 0.2859, acc_norm 0.2955;
-gpt2-xl: 0.3842, 0.4893.
+gpt2-xl: 0.3842, 0.4893. lm-evaluation-harness formats and normalizes otherwise (GPT-2: 0.2892, 0.3114): compare only
+figures of one kind.
 
 Importing this file runs nothing, needs no network, and does not import `datasets`.
 """
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
 
     tokens: torch.Tensor  # of all rows, end to end (all int64)
     lengths: torch.Tensor  # tokens in a row (4M,)
-    endings: torch.Tensor  # tokens at the end of a row that belong to the ending (4M,)
+    ending_lengths: torch.Tensor  # tokens at the end of a row that belong to the ending (4M,)
     labels: torch.Tensor  # the right ending, 0 to 3 (M,)
 
 
@@ -115,7 +116,7 @@ def ending_losses(model, rows, device, rank=0, world_size=1, batch_tokens=None, 
     batch_tokens = batch_tokens or (16384 if device.type == "cuda" else 2048)  # larger ones gain nothing
     starts = rows.lengths.cumsum(0) - rows.lengths
     longest = model.config.block_size + 1  # of a longer row, the end: the last token is only ever a target
-    lengths, endings = rows.lengths.clamp(max=longest), rows.endings.clamp(max=longest - 1)
+    lengths, ending_lengths = rows.lengths.clamp(max=longest), rows.ending_lengths.clamp(max=longest - 1)
     sums = torch.zeros(len(lengths), device=device)
     for number, batch in enumerate(batches(lengths, batch_tokens)):
         if number % world_size != rank:
@@ -127,12 +128,12 @@ def ending_losses(model, rows, device, rank=0, world_size=1, batch_tokens=None, 
         idx = rows.tokens[places]
         # The token at column j is predicted at column j - 1.
         ends = lengths[batch, None]
-        counts = (column >= ends - endings[batch, None]) & (column < ends)  # (R, width): the endings' own tokens
-        which = counts[:, 1:].flatten().nonzero().squeeze(1).to(device)  # (N,)
+        in_ending = (column >= ends - ending_lengths[batch, None]) & (column < ends)  # (R, width)
+        which = in_ending[:, 1:].flatten().nonzero().squeeze(1).to(device)  # (N,)
         idx = idx.to(device)
         x = model.hidden(idx[:, :-1]).flatten(0, 1)[which]  # (N, C)
         targets = idx[:, 1:].flatten()[which]  # (N,)
-        losses = torch.zeros(counts[:, 1:].numel(), device=device)
+        losses = torch.zeros(in_ending[:, 1:].numel(), device=device)
         losses[which] = F.cross_entropy(model.lm_head(x).float(), targets, reduction="none")
         sums[batch.to(device)] = losses.view(len(batch), width - 1).sum(1)
         if progress is not None:
@@ -142,16 +143,16 @@ def ending_losses(model, rows, device, rank=0, world_size=1, batch_tokens=None, 
 
 def count_correct(sums, rows, block_size):
     """How many predictions are right: (by the mean loss, by the sum)."""
-    counts = rows.endings.clamp(max=block_size).view(-1, 4).to(sums.device)
+    counts = rows.ending_lengths.clamp(max=block_size).view(-1, 4).to(sums.device)
     labels = rows.labels.to(sums.device)
     by_mean = ((sums / counts).argmin(1) == labels).sum()
     by_sum = (sums.argmin(1) == labels).sum()
     return int(by_mean), int(by_sum)
 
 
-def show(examples, sums, endings):
-    """Print examples with the mean loss of each ending. sums: (M, 4), endings: its tokens, (M, 4)."""
-    means = (sums.cpu() / endings).tolist()
+def show(examples, sums, counts):
+    """Print examples with the mean loss of each ending. sums: (M, 4), counts: the ending's tokens, (M, 4)."""
+    means = (sums.cpu() / counts).tolist()
     for example, losses in zip(examples, means, strict=True):
         print(f"\nContext: {example['ctx']}")
         for i, (ending, loss) in enumerate(zip(example["endings"], losses, strict=True)):
@@ -164,7 +165,7 @@ def show(examples, sums, endings):
 def main(argv=None):
     from tqdm import tqdm
 
-    from train_gpt2 import Settings, build_model, pick_device
+    from train_gpt2 import Settings, build_model, pick_device  # not above: it imports this file
 
     parser = OneLineParser(prog="hellaswag.py", description="Evaluate a GPT-2 on HellaSwag, completion style.")
     add = parser.add_argument
@@ -185,8 +186,8 @@ def main(argv=None):
     model = build_model(Settings(init_from=options.model), {}, None).to(device)
     with tqdm(total=len(rows.lengths), unit="row") as progress:
         sums = ending_losses(model, rows, device, progress=progress)
-    endings = rows.endings.clamp(max=model.config.block_size).view(-1, 4)
-    show(examples[: options.show], sums[: options.show], endings[: options.show])
+    counts = rows.ending_lengths.clamp(max=model.config.block_size).view(-1, 4)
+    show(examples[: options.show], sums[: options.show], counts[: options.show])
     by_mean, by_sum = count_correct(sums, rows, model.config.block_size)
     n = len(examples)
     print(f"{options.model}: acc {by_sum / n:.4f}, acc_norm {by_mean / n:.4f}, N = {n}, completion style")

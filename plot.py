@@ -48,8 +48,8 @@ def read_log(path):
 
 
 def name_runs(paths):
-    """A name for each log, different for different ones: its folder's, with as many of those above as that takes. The
-    file's own name belongs to it where that is not log.txt."""
+    """A distinct name for each log: its folder's, after as many of the folders above as that takes. A file that is not
+    called log.txt counts with its own name."""
     places = [path.parent.parts if path.name == "log.txt" else path.parts for path in paths]
     names, depth = [], 0
     while len(set(names)) < len(set(places)):
@@ -78,8 +78,8 @@ def loss_limits(runs, last, reference):
     """The y axis of the losses, (bottom, top).
 
     The first updates fall from 10.9 to 5 or so. In a long run that wall, a few pixels wide, would leave a strip at the
-    bottom for all the rest. So from 500 updates on, only what comes after the first twentieth must fit, and of that
-    the highest hundredth need not: a spike may leave at the top.
+    bottom for all the rest. So in a run of 500 updates or more, only what comes after the first twentieth must fit, and
+    of that the highest hundredth need not: a spike may leave at the top.
     """
     start, share = (last / 20, 0.99) if last >= 500 else (0, 1)
     curves = [values[kind] for values in runs.values() for kind in ("train", "val")]

@@ -563,7 +563,8 @@ def benchmark_tokenize(options):
 def one_at_a_time(model, rows, device):
     """As the reference script has it: the four rows of an example padded to one batch, all logits: (M, 4) sums."""
     sums, place = [], 0
-    for lengths, endings in zip(rows.lengths.view(-1, 4).tolist(), rows.endings.view(-1, 4).tolist(), strict=True):
+    lengths_of_rows, lengths_of_endings = rows.lengths.view(-1, 4).tolist(), rows.ending_lengths.view(-1, 4).tolist()
+    for lengths, endings in zip(lengths_of_rows, lengths_of_endings, strict=True):
         idx = torch.zeros(4, max(lengths), dtype=torch.int64)
         mask = torch.zeros(4, max(lengths))
         for i, (length, ending) in enumerate(zip(lengths, endings, strict=True)):
@@ -595,7 +596,7 @@ def benchmark_hellaswag(options):
             sums[name] = run(model, rows, device).cpu()
             if i > 0:
                 seconds[name].append(time.perf_counter() - start)
-    counts = rows.endings.view(-1, 4)
+    counts = rows.ending_lengths.view(-1, 4)
     differ = sum(
         int((a.argmin(1) != b.argmin(1)).sum())
         for a, b in ((sums["plain"], sums["ours"]), (sums["plain"] / counts, sums["ours"] / counts))

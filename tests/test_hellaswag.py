@@ -93,7 +93,7 @@ def test_losses_of_a_case_worked_by_hand():
     with torch.no_grad():
         model.lm_head.weight.zero_()
     rows = hellaswag.tokenize([{"ctx": "A man", "endings": ["sits down", "runs", "eats a pie.", "is"], "label": 3}])
-    assert rows.endings.tolist() == [2, 1, 4, 1]
+    assert rows.ending_lengths.tolist() == [2, 1, 4, 1]
     assert rows.lengths.tolist() == [4, 3, 6, 3]
     assert rows.tokens[:4].tolist() == gpt2_encoding().encode("A man sits down")
     sums = hellaswag.ending_losses(model, rows, CPU)
@@ -105,7 +105,7 @@ def test_equals_one_example_at_a_time(seed):
     examples, model = make_examples(60, seed), make_model(seed)
     rows = hellaswag.tokenize(examples)
     expected, counts = plain_losses(model, examples)
-    assert torch.equal(rows.endings.view(-1, 4), counts)
+    assert torch.equal(rows.ending_lengths.view(-1, 4), counts)
     for batch_tokens in (1, 100, 2048, 10**6):  # batch size and order change nothing
         sums = hellaswag.ending_losses(model, rows, CPU, batch_tokens=batch_tokens)
         assert torch.allclose(sums, expected, rtol=1e-5, atol=1e-4)
