@@ -15,12 +15,11 @@ The file is made to be read from top to bottom. What a section uses has been exp
      6. The learning rate               13. The training loop
      7. The settings
 
-The lecture's chapter on speed is a ladder, in milliseconds an update: float32 1000, TF32 333, bf16 300, compile 130,
-flash attention 96, padded vocabulary 93, fused AdamW 90. Each step is explained where it is used.
+"Lecture" is Andrej Karpathy's "Let's reproduce GPT-2 (124M)", which this file follows. Its chapter on speed is a
+ladder, in milliseconds for 16 x 1024 tokens on one A100: float32 1000, TF32 333, bf16 300, compile 130, flash attention
+96, padded vocabulary 93, fused AdamW 90. Each step is explained where it is used.
 
-On a first reading, skip the flags in 7, all of 9 but its last function, and 10: they are housekeeping. "Lecture" is
-Andrej Karpathy's "Let's reproduce GPT-2 (124M)", which this file follows; its timings are for 16 x 1024 tokens on one
-A100.
+On a first reading, skip the flags in 7, all of 9 but its last function, and 10: they are housekeeping.
 
 Two papers say nearly all of what is to be reproduced. GPT-2 (Radford et al. 2019) has the model and GPT-3 (Brown et
 al. 2020) the training settings, which the first one leaves out. Shapes in comments: B sequences in a batch, T tokens
@@ -77,17 +76,18 @@ MODELS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The model
 #
-# A stack of identical blocks. In each, attention lets every token gather from the tokens before it, then an MLP lets
-# every token think over what it gathered. The names of the parts are OpenAI's, and so those of every published copy of
-# the weights: wte and wpe embed the token and its position, h holds the blocks, ln_* are the norms, c_* linear layers,
-# c_proj the one back to C.
+# A stack of identical blocks. In each, attention lets every token gather from itself and the tokens before it, then an
+# MLP lets every token think over what it gathered. The names of the parts are OpenAI's, and so those of every published
+# copy of the weights: wte and wpe embed the token and its position, h holds the blocks, ln_* are the norms, c_* linear
+# layers, c_proj the one back to C.
 
 
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # the longest context, in tokens
-    # 50,257 is odd. Training pads it to 50,304 = 128 x 393, so that the largest matrix fills the GPU's tiles (lecture:
-    # 96 to 93 ms an update). The 47 extra ids are never a target, and the network learns never to predict them.
+    # 50,257 is odd. Training pads it (Settings.vocab_size) to 50,304 = 128 x 393, so that the largest matrix fills the
+    # GPU's tiles (lecture: 96 to 93 ms). The 47 extra ids are never a target, and the network learns never to predict
+    # them.
     vocab_size: int = GPT2_VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
@@ -99,8 +99,8 @@ class LayerNorm(nn.Module):
 
     This is nn.LayerNorm, with scale and shift as operations of their own (torch.compile fuses them again). On the CPU,
     nn.LayerNorm's kernel adds up the gradients of weight and bias in an order that depends on the number of threads.
-    Written like this the sums are the same for every number, so that two processes with half of the threads each
-    (section 8) train exactly as one does.
+    Written like this the sums are the same for every number, so that the default run on the CPU is the same to the last
+    bit on one process and on two with half of the threads each (section 8).
     """
 
     def __init__(self, n_embd):
@@ -236,7 +236,7 @@ class GPT(nn.Module):
             return self.lm_head(x), None  # (B, T, vocab_size)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         # The logits of all tokens at once, their softmax and its gradient are gigabytes of fresh memory. A CPU is
-        # faster with 512 tokens at a time (14 to 12 seconds for an update of 4,096 tokens), a GPU with all of them.
+        # faster with 512 tokens at a time (16.2 to 13.3 seconds for an update of 4,096 tokens), a GPU with all of them.
         size = 512 if x.device.type == "cpu" else len(x)
         losses = [
             F.cross_entropy(self.lm_head(part), answers, ignore_index=-1, reduction="sum")
@@ -247,7 +247,7 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # 2. OpenAI's weights, in and out
     #
-    # Reading them is the test of the model above: one wrong detail, and the text that comes out is noise.
+    # Reading them is the test of the model above: most mistakes turn its text into noise, small ones raise the loss.
 
     # OpenAI's code keeps these matrices as (in, out), nn.Linear as (out, in). Published files have OpenAI's layout.
     TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -391,7 +391,8 @@ class GPT(nn.Module):
             # Ids that only pad the vocabulary stand for no text: the tokenizer could not decode one.
             logits[:, GPT2_VOCAB_SIZE:] = -math.inf
             logits, ids = torch.topk(logits, min(top_k or logits.size(1), logits.size(1)))  # both (B, k)
-            probs = F.softmax((logits - logits[:, :1]) / temperature, dim=1)  # less the largest: no overflow
+            # Less the largest first: a tiny temperature would divide them to infinity.
+            probs = F.softmax((logits - logits[:, :1]) / temperature, dim=1)
             choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, ids.gather(1, choice)), dim=1)
         return idx
@@ -574,8 +575,8 @@ def gpt3_max_lr(num_params):
 # 7. The settings
 #
 # Each is a field here and a flag of the same name on the command line. The defaults are the reproduction, from GPT-3's
-# table 2.1 and appendix B: half a million tokens an update (2^19, a number that divides well), 19,073 updates for one
-# pass over 10 billion tokens, the first 715 of them to warm up (GPT-3's 375 million tokens), decay 0.1, clipping at 1.
+# table 2.1 and appendix B: half a million tokens an update (2^19, a number that divides well), 19,073 updates, 10
+# billion tokens, the first 715 of them to warm up (GPT-3's 375 million tokens), decay 0.1, clipping at 1.
 
 
 def setting(default, group, help):
@@ -622,7 +623,7 @@ class Settings:
 
 
 # What a text file of about a megabyte wants instead, small enough for two CPU cores. The learning rate is half of
-# GPT-3's: the gradient of 1,024 tokens is noisy, and at 6e-4 it jumps.
+# GPT-3's: the gradient of 1,024 tokens is noisy, and at 6e-4 the loss jumps.
 TEXT_FILE_SETTINGS = {
     "block_size": 128,
     "total_batch_size": 1024,
@@ -746,9 +747,7 @@ def place_among_processes():
 def pick_device(name, local_rank, world_size):
     """The device of this process. Raises UserError where there is none of that kind, or too few."""
     if name == "auto":
-        mps = (
-            torch.backends.mps.is_available() and world_size == 1
-        )  # gloo, which carries DDP's tensors there, knows no MPS
+        mps = torch.backends.mps.is_available() and world_size == 1  # gloo, DDP's carrier there, knows no MPS
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
@@ -851,8 +850,8 @@ def why_not_compile(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
 #
-# All that the next update depends on, what data it was, and the first process's random states, for whoever adds
-# dropout. Tensors and plain types only, so that opening one cannot run code.
+# A checkpoint holds all that the next update depends on, the data files' names and lengths, and the first process's
+# random states, for whoever adds dropout. Tensors and plain types only, so that opening one cannot run code.
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")  # model_05000.pt: after 5000 updates
 
@@ -890,10 +889,11 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings, data):
     }
     path = Path(log_dir) / f"model_{step:05d}.pt"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        print(f"warning: {path} could not be written ({reason}): make room, training goes on", flush=True)
+        print(f"warning: {path} could not be written ({reason}): training goes on, older ones stay", flush=True)
         return False
     if settings.keep_checkpoints:  # newer ones than this can be there: damaged, so that the run resumed before them
         paths = list_checkpoints(log_dir)
@@ -1045,7 +1045,8 @@ class Log:
                 file.write(self.waiting)
                 self.size = file.tell()
         except OSError as error:
-            print(f"warning: {self.path} could not be written ({error.strerror}): its lines wait", flush=True)
+            if not again:  # once is enough
+                print(f"warning: {self.path} could not be written ({error.strerror}): its lines wait", flush=True)
             return
         self.waiting = b""
 
@@ -1233,12 +1234,15 @@ def accumulate_gradients(model, loader, grad_accum_steps, device, autocast, scal
 # 13. The training loop
 
 
-def catch_signals():
-    """From now on, SIGTERM, SIGINT (Ctrl-C) and SIGHUP do no more than enter the list that this returns. A second SIGINT
-    ends the process at once."""
+def catch_signals(is_master):
+    """From now on, SIGTERM, SIGINT (Ctrl-C) and SIGHUP do no more than enter the list that this returns. A second
+    SIGINT ends the process at once."""
     caught = []
 
     def catch(number, frame):
+        if is_master and not caught:
+            with suppress(OSError):  # print may be in the middle of a line, and a closed terminal takes no more
+                os.write(2, b"\nstopping after this update, with a checkpoint (Ctrl-C once more: at once, without)\n")
         caught.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1271,7 +1275,7 @@ def train(settings, given, checkpoint):
         # times as fast (lecture: 1000 to 333 ms an update).
         torch.set_float32_matmul_precision("high")
     if ddp:
-        # NCCL carries tensors between GPUs, gloo between CPUs. The others wait long while the first one downloads.
+        # NCCL carries tensors between GPUs, gloo between CPUs. The timeout is long: all wait while one downloads.
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=device_id, timeout=timedelta(hours=1))
 
@@ -1339,7 +1343,8 @@ def train(settings, given, checkpoint):
     for split, loader in (("training", train_loader), ("validation", val_loader)):
         if loader:
             print0(f"{split} data: {loader.num_tokens:,} tokens, files: {len(loader.contents)}, from {settings.data}")
-    print0(f"update: {settings.total_batch_size:,} tokens: {B} x {T} in {grad_accum_steps} micro-steps x {world_size}")
+    parts = f"{B} x {T} (micro-batch) x {grad_accum_steps} (micro-steps) x {world_size} (processes)"
+    print0(f"update: {settings.total_batch_size:,} tokens: {parts}")
     if log:
         print0(f"run: {settings.max_steps:,} updates, {epochs:.2f} epochs, results in {settings.log_dir}")
 
@@ -1350,7 +1355,7 @@ def train(settings, given, checkpoint):
     peak = peak_flops(device, dtype)
 
     # Asked to stop, all processes finish the update, save and leave. That torchrun has gone counts as being asked.
-    caught = catch_signals() if settings.max_steps > 0 else []
+    caught = catch_signals(is_master) if settings.max_steps > 0 else []
     interrupted, parent, saved = 0, os.getppid(), True
     step_seconds, train_loss, val_loss = [], math.nan, math.nan
     for step in range(start_step, settings.max_steps + 1):
@@ -1438,7 +1443,9 @@ def train(settings, given, checkpoint):
         dist.barrier()  # while the first process saves, nobody hangs up on it
         dist.destroy_process_group()
     if not saved:
-        raise UserError(f"the last checkpoint could not be written to {settings.log_dir}: make room, then --resume")
+        raise UserError(
+            f"the last checkpoint could not be written to {settings.log_dir}: see the warning, then --resume"
+        )
     if interrupted:
         print0(f"{signal.Signals(interrupted).name}: stopped after {step} updates, --resume goes on")
         sys.exit(128 + interrupted)
@@ -1448,6 +1455,8 @@ def export(settings, given, checkpoint):
     """What --export asks for."""
     if checkpoint is None and settings.init_from == "scratch":
         raise FlagError("--export writes the weights that --init_from or --resume names: give one of them")
+    if os.path.isdir(settings.export) and os.listdir(settings.export):
+        raise UserError(f"--export={settings.export} holds files already: name a new folder, or empty it")
     model = build_model(settings, given, checkpoint)
     try:
         model.save_pretrained(settings.export)

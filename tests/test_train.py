@@ -170,6 +170,10 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
         assert torch.equal(model.lm_head.weight, weights["lm_head.weight"][:50257])
         shutil.rmtree(tmp_path / "folder")
     assert sorted(tmp_path.glob("log/*")) == before
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_text("another model's")
+    with pytest.raises(UserError, match="holds files already: name a new folder"):
+        train("--resume", f"--export={tmp_path / 'folder'}")
     with pytest.raises(FlagError, match="--export needs the name"):
         train("--resume", "--export=")
     with pytest.raises(FlagError, match="--export writes the weights that"):
@@ -264,9 +268,9 @@ def test_a_fitted_micro_batch_is_not_remembered(tmp_path, shards):
     """Two processes had 4 sequences each, so 8 did not fit; one process that resumes has 8."""
     flags = [*[flag for flag in TINY if "micro_batch" not in flag], f"--data={shards}", f"--log_dir={tmp_path}"]
     run = run_script(*flags, "--max_steps=2", nproc=2)
-    assert "update: 128 tokens: 4 x 16 in 1 micro-steps x 2" in run.stdout
+    assert "update: 128 tokens: 4 x 16 (micro-batch) x 1 (micro-steps) x 2 (processes)" in run.stdout
     run = run_script(f"--log_dir={tmp_path}", "--resume", "--max_steps=3")
-    assert "update: 128 tokens: 8 x 16 in 1 micro-steps x 1" in run.stdout
+    assert "update: 128 tokens: 8 x 16 (micro-batch) x 1 (micro-steps) x 1 (processes)" in run.stdout
 
 
 def test_resume_on_two_processes(train, tmp_path, shards):
@@ -696,9 +700,8 @@ def test_log_lines_that_cannot_be_written_wait(tmp_path, monkeypatch, capsys):
     with open(log.path, "a", encoding="utf-8") as file:
         file.write("# a note\n")  # of somebody else's
     log.write("3 train 4.000000")
-    assert log.path.read_text().endswith("2 train 3.000000\n# a note\n3 train 4.000000\n")
-    log.path.write_text("".join(line for line in log.path.open() if line[0] in "012"), encoding="utf-8")
-    assert log.path.read_text() == "0 train 1.000000\n1 train 2.000000\n2 train 3.000000\n"
+    lines = ["0 train 1.000000", "1 train 2.000000", "2 train 3.000000", "# a note", "3 train 4.000000"]
+    assert log.path.read_text(encoding="utf-8").splitlines() == lines
 
 
 def stop_after(updates, numbers, monkeypatch):
@@ -737,6 +740,23 @@ def test_a_checkpoint_under_another_name_is_passed_over(train, tmp_path):
     assert "model_99999.pt holds 2 updates, which is not what its name says: trying the one before" in out
     assert "model_00004.pt" in out
     assert (tmp_path / "log" / "log.txt").read_bytes() == (tmp_path / "whole" / "log.txt").read_bytes()
+
+
+def test_a_folder_that_is_removed_under_a_run_comes_back(train, tmp_path, monkeypatch):
+    gradient, counted = train_gpt2.accumulate_gradients, []
+
+    def remove(*arguments):
+        counted.append(1)
+        if len(counted) == 2:
+            shutil.rmtree(tmp_path / "log")
+        return gradient(*arguments)
+
+    monkeypatch.setattr(train_gpt2, "accumulate_gradients", remove)
+    out = train("--eval_interval=0", "--checkpoint_interval=3")
+    assert out.count("log.txt could not be written") == 1
+    steps = [int(line.split()[0]) for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
+    assert steps[-1] == 5
+    assert train_gpt2.load_checkpoint(tmp_path / "log" / "model_00006.pt")["step"] == 6
 
 
 def test_a_second_interrupt_leaves_at_once(train, tmp_path, monkeypatch):
