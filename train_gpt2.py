@@ -1247,10 +1247,11 @@ def catch_signals(is_master):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # the last one, of a terminal that closes, is not on Windows
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, catch)
+    signal.signal(signal.SIGTERM, catch)
+    signal.signal(signal.SIGINT, catch)
+    # SIGHUP, of a terminal that closes, is not on Windows, and nohup wants it ignored.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, catch)
     return caught
 
 

@@ -64,6 +64,9 @@ def shards(tmp_path_factory):
     return folder
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
 @pytest.fixture
 def train(tmp_path, shards, capsys):
     """train(*flags) runs the tiny model in this process, in tmp_path/log; returns what it printed."""
@@ -74,7 +77,7 @@ def train(tmp_path, shards, capsys):
         train_gpt2.main([*TINY, *defaults, *flags])
         return capsys.readouterr().out
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, read_log, run_script, write_shards
+from conftest import ROOT, SIGNALS, TINY, read_log, run_script, write_shards
 from torch._dynamo import config as dynamo_config
 
 import train_gpt2
@@ -718,7 +718,7 @@ def stop_after(updates, numbers, monkeypatch):
     monkeypatch.setattr(train_gpt2, "accumulate_gradients", gradient)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("updates", [0, 2, 3, 5])
 def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(train, tmp_path, monkeypatch, number, updates):
     train(f"--log_dir={tmp_path / 'whole'}")
