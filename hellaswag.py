@@ -111,7 +111,9 @@ def ending_losses(model, rows, device, rank=0, world_size=1, batch_tokens=None, 
     others' entries are 0.
 
     Rows are padded at their end, where no token sees the padding, and the head computes only what counts: the logits
-    from which an ending's tokens are predicted, about a fourth of all.
+    from which an ending's tokens are predicted, 39 % of all. The context is computed four times, once for each ending:
+    sharing it would cut the tokens from 3.0 to 1.6 million, but save only 0.2 % of a training run, and the model would
+    need a second kind of attention for it.
     """
     batch_tokens = batch_tokens or (16384 if device.type == "cuda" else 2048)  # larger ones gain nothing
     starts = rows.lengths.cumsum(0) - rows.lengths
