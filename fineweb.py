@@ -62,7 +62,8 @@ def run_script(main, name, interrupted):
     Of the processes of torchrun, the first speaks for all. The others wait to be ended with it; one that is still there
     after ten seconds has a trouble of its own.
     """
-    sys.stdout.reconfigure(errors="replace")  # a text may hold characters that the terminal cannot show
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a text may hold characters that the terminal cannot show
     try:
         main()
     except UserError as error:
@@ -194,7 +195,8 @@ def load(options):
         dataset = datasets.load_dataset(**arguments, split=options.split, streaming=options.streaming)
         columns = dataset.column_names or list(next(iter(dataset)))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # `datasets` wraps what the reader of a file said
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(f"the data set {options.dataset} cannot be loaded: {reason}") from error
     if column not in columns:
         raise UserError(f"the data set has no column {column}: choose --text_column among {', '.join(columns)}")
@@ -250,7 +252,9 @@ def worker_pool(num_proc):
         message = "a worker process was killed (out of memory?): run the same command again, with a smaller --num_proc"
         raise UserError(message) from error
     finally:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # interrupted in here, it would wait for ever
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
 
 
 @functools.lru_cache(maxsize=1)
@@ -296,7 +300,10 @@ def sha256(path):
 def read_index(out):
     """What index.json in the folder says, or None where there is none."""
     try:
-        return json.loads((out / "index.json").read_text(encoding="utf-8"))
+        index = json.loads((out / "index.json").read_text(encoding="utf-8"))
+        if not isinstance(index, dict) or not {"settings", "shards", "next", "complete"} <= index.keys():
+            raise ValueError("it is not one of fineweb.py")
+        return index
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -340,6 +347,8 @@ def prepare(options):
         was = index["settings"][name]
         if was != settings[name]:
             raise UserError(f"{out} was made with --{name}={was}, not {settings[name]}: name another --out")
+    if lost := [shard["name"] for shard in index["shards"] if not (out / shard["name"]).is_file()]:
+        raise UserError(f"{out} lacks {', '.join(lost)}: copy them back, or name another --out")
     if index["complete"]:
         return index
     with worker_pool(options.num_proc) as pool:
@@ -378,6 +387,8 @@ def prepare(options):
                 index["skipped"] += skipped
                 if not options.max_tokens:  # how much is to come can only be estimated
                     all_bar.total = total * blocks.count // (i + 1)
+    if total == 0:
+        raise UserError(f"the data set has no text in the column {options.text_column}: choose another --text_column")
     if filled:
         save_shard(out, index, shard[:filled])
     index["tokens"], index["complete"] = total, True

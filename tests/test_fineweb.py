@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,30 @@ def test_verify_names_the_changed_shards(reference, tmp_path, capsys):
         fineweb.main([f"--out={tmp_path}", "--verify"])
     with pytest.raises(UserError, match=r"no index\.json"):
         fineweb.main([f"--out={tmp_path / 'nowhere'}", "--verify"])
+
+
+def test_a_lost_shard_and_a_foreign_index_are_named(hub, reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "out")
+    (tmp_path / "out" / "edufineweb_train_000005.npy").unlink()
+    settings = json.loads((reference / "index.json").read_text(encoding="utf-8"))["settings"]
+    flags = [f"--dataset={hub[0]}", f"--shard_size={settings['shard_size']}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=r"lacks edufineweb_train_000005\.npy: copy"):
+        fineweb.main(flags)
+    for content in ("[]", "{}", "5", "null"):
+        (tmp_path / "out" / "index.json").write_text(content, encoding="utf-8")
+        for flag in ([], ["--verify"]):
+            with pytest.raises(UserError, match=r"index\.json cannot be read"):
+                fineweb.main([*flags, *flag])
+
+
+def test_documents_without_text_are_no_data(tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": null}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="no text in the column text: choose another --text_column"):
+        fineweb.main([f"--dataset={tmp_path / 'empty.jsonl'}", f"--out={tmp_path / 'out'}", "--num_proc=1"])
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be loaded: .*JSON") as error:
+        fineweb.main([f"--dataset={tmp_path / 'broken.jsonl'}", f"--out={tmp_path / 'other'}", "--num_proc=1"])
+    assert "An error occurred while" not in str(error.value)
 
 
 @pytest.mark.parametrize(
