@@ -70,8 +70,11 @@ def load_examples(source, limit=None):
         examples = datasets.load_dataset("json", data_files=str(path), split="train")
         examples = examples.select_columns(["ctx", "endings", "label"]).to_list()[:limit]
         for example in examples:
-            if not 0 <= int(example["label"]) <= 3 or len(example["endings"]) != 4 or not all(example["endings"]):
-                raise ValueError(f"label {example['label']}, {len(example['endings'])} endings")
+            texts = [example["ctx"], *example["endings"]]
+            if not all(isinstance(text, str) and text for text in texts) or not isinstance(example["endings"], list):
+                raise ValueError("a context or an ending is empty or not text")
+            if len(texts) != 5 or str(example["label"]) not in ("0", "1", "2", "3"):
+                raise ValueError(f"label {example['label']}, {len(texts) - 1} endings")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the HellaSwag file {path} cannot be used ({reason}): name another copy") from error

@@ -207,7 +207,12 @@ def test_official_file_is_fetched_once(tmp_path, monkeypatch):
         ("not json\n", "cannot be used"),
         ('{"ctx": "A"}\n', "cannot be used"),
         ('{"ctx": "A", "endings": ["a", "b", "c"], "label": 1}\n', "cannot be used"),
-        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 7}\n', "cannot be used"),
+        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 7}\n', "label 7, 4 endings"),
+        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 1.5}\n', "label 1.5, 4 endings"),
+        ('{"ctx": "A", "endings": "abcd", "label": 1}\n', "not text"),
+        ('{"ctx": "A", "endings": [1, 2, 3, 4], "label": 1}\n', "not text"),
+        ('{"ctx": "A", "endings": ["a", "", "c", "d"], "label": 1}\n', "is empty"),
+        ('{"ctx": null, "endings": ["a", "b", "c", "d"], "label": 1}\n', "not text"),
     ],
 )
 def test_bad_local_file_is_refused_in_one_line(train, tmp_path, content, message):
