@@ -741,6 +741,8 @@ def place_among_processes():
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return 0, 0, 1
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, RANK and LOCAL_RANK are not: start with torchrun, or unset WORLD_SIZE")
     return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size
 
 
@@ -847,6 +849,17 @@ def why_not_compile(device):
     return None
 
 
+def say(text):
+    """Print a line at once. A display that fails is given up and does not end the run in the middle of an update. A
+    pipe whose reader has gone counts as a terminal that closes: the run is asked to stop (section 13)."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            signal.raise_signal(getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
 #
@@ -893,14 +906,14 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings, data):
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        print(f"warning: {path} could not be written ({reason}): training goes on, older ones stay", flush=True)
+        say(f"warning: {path} could not be written ({reason}): training goes on, older ones stay")
         return False
     if settings.keep_checkpoints:  # newer ones than this can be there: damaged, so that the run resumed before them
         paths = list_checkpoints(log_dir)
         for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:
             with suppress(OSError):
                 old.unlink()
-    print(f"checkpoint: {path}", flush=True)
+    say(f"checkpoint: {path}")
     return True
 
 
@@ -1034,21 +1047,30 @@ class Log:
         self.path = Path(log_dir) / "log.txt"
         self.size = self.path.stat().st_size if self.path.exists() else 0
         self.waiting = b""
+        self.failed = False
 
     def write(self, line):
-        again = bool(self.waiting)
         self.waiting += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self):
+        """Write what waits. Returns whether nothing is left."""
+        if not self.waiting:
+            return True
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
             with open(self.path, "ab") as file:
-                if again and file.tell() > self.size:
+                if self.failed and file.tell() > self.size:
                     file.truncate(self.size)  # the last attempt wrote half a line
                 file.write(self.waiting)
                 self.size = file.tell()
         except OSError as error:
-            if not again:  # once is enough
-                print(f"warning: {self.path} could not be written ({error.strerror}): its lines wait", flush=True)
-            return
-        self.waiting = b""
+            if not self.failed:  # once is enough
+                say(f"warning: {self.path} could not be written ({error.strerror}): its lines wait")
+            self.failed = True
+            return False
+        self.waiting, self.failed = b"", False
+        return True
 
 
 def trim_log(path, step):
@@ -1071,7 +1093,7 @@ def set_aside_earlier_run(settings):
         folder.mkdir()
         for path in files:
             path.rename(folder / path.name)
-        print(f"an earlier run was in {log_dir}: moved to {folder} (delete it when you no longer need it)")
+        say(f"an earlier run was in {log_dir}: moved to {folder} (delete it when you no longer need it)")
 
 
 @contextmanager
@@ -1194,7 +1216,7 @@ def print_samples(model, encoding, settings, device, autocast):
         idx = model.generate(idx, settings.max_new_tokens, settings.temperature, settings.top_k, generator)
     for i, row in enumerate(idx[:, len(start) :].tolist()):
         end = row.index(encoding.eot_token) if encoding.eot_token in row else len(row)
-        print(f"sample {i}: {encoding.decode(prompt + row[:end])}")
+        say(f"sample {i}: {encoding.decode(prompt + row[:end])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1263,7 +1285,7 @@ def train(settings, given, checkpoint):
 
     def print0(text):
         if is_master:
-            print(text, flush=True)
+            say(text)
 
     # The hardware.
     device = pick_device(settings.device, local_rank, world_size)
@@ -1447,6 +1469,8 @@ def train(settings, given, checkpoint):
         raise UserError(
             f"the last checkpoint could not be written to {settings.log_dir}: see the warning, then --resume"
         )
+    if log and not log.flush():
+        raise UserError(f"the last lines of {log.path} could not be written: see the warning, the checkpoint is there")
     if interrupted:
         print0(f"{signal.Signals(interrupted).name}: stopped after {step} updates, --resume goes on")
         sys.exit(128 + interrupted)
@@ -1474,7 +1498,8 @@ def run(given, rank, world_size):
     saved = checkpoint["settings"] | {"log_dir": log_dir} if checkpoint else None
     settings = make_settings(given, saved)
     if settings.export:
-        export(settings, given, checkpoint)
+        if rank == 0:
+            export(settings, given, checkpoint)
         return
     if settings.prompt == "-" and rank == 0:
         try:

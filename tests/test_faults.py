@@ -294,6 +294,21 @@ def test_a_signal_while_it_trains(launch, tmp_path, undisturbed, rng):
     resume_all(launch, list(folders.values()), undisturbed())
 
 
+def test_a_display_that_fails(launch, tmp_path, undisturbed, rng):
+    """A reader that goes away counts as a terminal that closes; a full disk behind `>` only costs the output."""
+    process = launch()
+    step = rng.randint(SAVES + 1, STEPS - AHEAD)
+    read_until(process, rf"^step +{step} ")
+    process.stdout.close()
+    assert process.wait() == 128 + signal.SIGHUP, process.errors.read_text(encoding="utf-8")
+    assert newest(tmp_path / "log") == last_update(tmp_path / "log") + 1
+    assert_resumes(launch, tmp_path / "log", undisturbed())
+    script = wrapper(tmp_path, "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
+    status, _, errors = finish(launch(f"--log_dir={tmp_path / 'full'}", script=script))
+    assert (status, errors) == (0, "")
+    assert_unharmed(tmp_path / "full", undisturbed())
+
+
 def write_hellaswag(path, count):
     endings = ["the first one ends here.", "the second one.", "the third.", "and a fourth one, longer than the others."]
     examples = [{"ctx": f"Story number {i} begins, and", "endings": endings, "label": i % 4} for i in range(count)]

@@ -753,10 +753,31 @@ def test_a_folder_that_is_removed_under_a_run_comes_back(train, tmp_path, monkey
 
     monkeypatch.setattr(train_gpt2, "accumulate_gradients", remove)
     out = train("--eval_interval=0", "--checkpoint_interval=3")
-    assert out.count("log.txt could not be written") == 1
-    steps = [int(line.split()[0]) for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
-    assert steps[-1] == 5
+    assert "could not be written" not in out
+    assert [step for step, kind, _ in read_log(tmp_path / "log") if kind == "train"] == [1, 2, 3, 4, 5]
     assert train_gpt2.load_checkpoint(tmp_path / "log" / "model_00006.pt")["step"] == 6
+
+
+def test_log_lines_that_could_not_be_written_are_not_passed_over_in_silence(train, tmp_path, monkeypatch):
+    gradient = train_gpt2.accumulate_gradients
+
+    def replace(*arguments):
+        if not (tmp_path / "log" / "log.txt").is_dir():
+            (tmp_path / "log" / "log.txt").unlink()
+            (tmp_path / "log" / "log.txt").mkdir()
+        return gradient(*arguments)
+
+    monkeypatch.setattr(train_gpt2, "accumulate_gradients", replace)
+    with pytest.raises(UserError, match="the last lines of .*log.txt could not be written"):
+        train()
+    assert train_gpt2.load_checkpoint(tmp_path / "log" / "model_00006.pt")["step"] == 6
+
+
+def test_a_world_without_ranks_is_refused(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="start with torchrun, or unset WORLD_SIZE"):
+        train()
 
 
 def test_a_second_interrupt_leaves_at_once(train, tmp_path, monkeypatch):
