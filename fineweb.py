@@ -49,6 +49,12 @@ class FlagError(UserError):
     """A UserError in the flags themselves, which ends in exit status 2 instead of 1."""
 
 
+def reason_of(error):
+    """What an error says, in one line. `datasets` wraps what the reader of a file said; then it is the latter."""
+    cause = error.__cause__ or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is answered in one line."""
 
@@ -195,9 +201,7 @@ def load(options):
         dataset = datasets.load_dataset(**arguments, split=options.split, streaming=options.streaming)
         columns = dataset.column_names or list(next(iter(dataset)))
     except Exception as error:
-        cause = error.__cause__ or error  # `datasets` wraps what the reader of a file said
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(f"the data set {options.dataset} cannot be loaded: {reason}") from error
+        raise UserError(f"the data set {options.dataset} cannot be loaded: {reason_of(error)}") from error
     if column not in columns:
         raise UserError(f"the data set has no column {column}: choose --text_column among {', '.join(columns)}")
     dataset = dataset.select_columns([column])
@@ -238,23 +242,29 @@ def start_worker():
 
 
 @contextlib.contextmanager
+def interrupts_ignored():
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
 def worker_pool(num_proc):
     """num_proc processes, started at once and in the same way on every system."""
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
-    # Ctrl-C is the parent's business: a signal that is ignored now stays ignored in the processes that start now.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(num_proc):
-        pool.submit(os.getpid)
-    signal.signal(signal.SIGINT, handler)
+    with interrupts_ignored():  # Ctrl-C is the parent's business: processes that start now keep ignoring it
+        for _ in range(num_proc):
+            pool.submit(os.getpid)
     try:
         yield pool
     except BrokenProcessPool as error:
         message = "a worker process was killed (out of memory?): run the same command again, with a smaller --num_proc"
         raise UserError(message) from error
     finally:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # interrupted in here, it would wait for ever
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGINT, handler)
+        with interrupts_ignored():  # a second Ctrl-C in here would leave it waiting for ever
+            pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -267,8 +277,8 @@ def tokenize_block(blocks, i):
     try:
         texts = unpack(blocks).texts(i)
     except Exception as error:  # whatever a damaged file or a lost connection ends in
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the data set cannot be read: {reason}. Mend it, then run the same command again") from error
+        problem = f"the data set cannot be read: {reason_of(error)}"
+        raise UserError(f"{problem}. Mend it, then run the same command again") from error
     return tokenize(texts)
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fineweb import OneLineParser, UserError, gpt2_encoding, replace_file, run_script
+from fineweb import OneLineParser, UserError, gpt2_encoding, reason_of, replace_file, run_script
 
 HERE = Path(__file__).resolve().parent
 OFFICIAL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -76,8 +76,7 @@ def load_examples(source, limit=None):
             if len(texts) != 5 or str(example["label"]) not in ("0", "1", "2", "3"):
                 raise ValueError(f"label {example['label']}, {len(texts) - 1} endings")
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the HellaSwag file {path} cannot be used ({reason}): name another copy") from error
+        raise UserError(f"the HellaSwag file {path} cannot be used ({reason_of(error)}): name another copy") from error
     if not examples:
         raise UserError(f"the HellaSwag file {path} holds no example: name another copy")
     return examples

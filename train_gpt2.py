@@ -61,7 +61,17 @@ import hellaswag
 
 # UserError: a mistake that the user can mend; FlagError: one in the flags. run_script: runs main and shows them in one
 # line. gpt2_encoding: the tokenizer. vocabulary_files: its files. replace_file: writes a file whole or not at all.
-from fineweb import FlagError, OneLineParser, UserError, gpt2_encoding, replace_file, run_script, vocabulary_files
+# reason_of: an error in one line.
+from fineweb import (
+    FlagError,
+    OneLineParser,
+    UserError,
+    gpt2_encoding,
+    reason_of,
+    replace_file,
+    run_script,
+    vocabulary_files,
+)
 
 HERE = Path(__file__).resolve().parent
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
@@ -905,8 +915,7 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, settings, data):
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        say(f"warning: {path} could not be written ({reason}): training goes on, older ones stay")
+        say(f"warning: {path} could not be written ({reason_of(error)}): training goes on, older ones stay")
         return False
     if settings.keep_checkpoints:  # newer ones than this can be there: damaged, so that the run resumed before them
         paths = list_checkpoints(log_dir)
