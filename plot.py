@@ -15,7 +15,7 @@ import os
 import re
 from pathlib import Path
 
-from fineweb import OneLineParser, UserError, replace_file, run_script
+from fineweb import Parser, UserError, replace_file, run_main
 
 HERE = Path(__file__).resolve().parent
 
@@ -148,7 +148,7 @@ def draw(runs, tokens_per_step=None):
 
 
 def parse_flags(argv):
-    parser = OneLineParser(prog="plot.py", description="Draw the logs of train_gpt2.py as a picture.")
+    parser = Parser(prog="plot.py", description="Draw the logs of train_gpt2.py as a picture.")
     add = parser.add_argument
     add("logs", nargs="*", default=[str(HERE / "log")], help="log files, or folders that have a log.txt [log]")
     add("--out", metavar="FILE", help="the picture, a PNG file [beside the first log, of the same name]")
@@ -180,4 +180,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "plot.py", interrupted="no picture was written")
+    run_main(main, interrupted="no picture was written")

@@ -1,15 +1,15 @@
 """
-What the speed is, beside what one would use instead: interleaved rounds, medians.
+Measure the speed, and compare it with the usual alternatives. Rounds are interleaved, figures are medians.
 
-    python tests/benchmark.py train                # an update, step by step from plain to fast, beside transformers'
-    python tests/benchmark.py losses               # are the losses of 20 updates those of transformers' model?
-    python tests/benchmark.py loop                 # what share of a run evaluation, samples and checkpoints take
-    python tests/benchmark.py loader               # what share of an update the data takes
-    python tests/benchmark.py sample               # tokens a second of GPT.generate
-    python tests/benchmark.py tokenize             # fineweb.py beside a plain loop
-    python tests/benchmark.py hellaswag            # hellaswag.py beside one example at a time
+    python tests/benchmark.py train                # a training step, from plain to fast, and with transformers' model
+    python tests/benchmark.py losses               # are the losses of 20 steps those of transformers' model?
+    python tests/benchmark.py loop                 # the share of a run that evaluation, samples and checkpoints take
+    python tests/benchmark.py loader               # the share of a step that loading the data takes
+    python tests/benchmark.py sample               # tokens per second of GPT.generate
+    python tests/benchmark.py tokenize             # fineweb.py and a plain loop
+    python tests/benchmark.py hellaswag            # hellaswag.py and one example at a time
 
---json FILE keeps the figures, `train --plot FILE` draws them. Quote the ratios: machines differ, and so do their days.
+--json FILE saves the figures, `train --plot FILE` draws them. Quote ratios: they vary less than times do.
 """
 
 import argparse
@@ -48,12 +48,8 @@ from train_gpt2 import (
     DataLoaderLite,
     GPTConfig,
     Settings,
-    accumulate_gradients,
     evaluate,
-    evaluate_hellaswag,
     keep_freed_memory,
-    peak_flops,
-    peak_memory,
     pick_device,
     pick_dtype,
     print_samples,
@@ -79,12 +75,78 @@ def print_table(title, rows):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The device, and a step on it
+
+
+def open_device(name):
+    """The torch.device of this name, as train() sets it up."""
+    device = pick_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def synchronize(device):
+    """Wait until the device has done all its work. The CPU works at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device):
+    """The most memory that this process has used, in bytes: on CUDA the GPU's, otherwise its own; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # Linux and macOS only
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_flops(device):
+    """FLOP/s of the device's matrix units in dense bfloat16 according to its maker, or None if it is not listed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "A100" in name:
+        return 312e12
+    peaks = {"H100 80GB HBM3": 989e12, "H200": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
+    # Whole names only: an H100 PCIe, and the Ti, D and laptop versions of an RTX, are other chips.
+    return next((flops for key, flops in peaks.items() if name.endswith(key)), None)
+
+
+def make_autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def train_step(model, params, optimizer, loader, device, autocast):
+    """A step of train() with one micro-step. Returns its loss. params: a list of the parameters of model."""
+    optimizer.zero_grad(set_to_none=True)
+    x, y = loader.next_batch()
+    if device.type == "cuda":
+        x, y = x.pin_memory(), y.pin_memory()
+    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    with autocast:
+        _, loss = model(x, y)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+    loss, _ = loss.item(), norm.item()
+    optimizer.step()
+    return loss
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # train
 #
-# Every contender runs in a process of its own, so that its peak memory is its own. In each round all of them take their
-# turn, so that a slow minute of the machine strikes them alike.
+# Every contender runs in a process of its own, so that its peak memory is its own. All take turns in each round, so that
+# a slow minute of the machine affects them alike.
 
-# What each step of the ladder adds to the one above it. The last one is this script's update.
+# What each rung of a ladder adds to the one above it. The last one is the step of train_gpt2.py.
 LADDERS = {
     "cpu": {
         "float32": {},
@@ -103,6 +165,10 @@ LADDERS = {
         "vocabulary 50304": {"vocab_size": 50304},
         "fused AdamW": {"fused": True},
     },
+    "mps": {
+        "float32": {},
+        "fused AdamW": {"fused": True},
+    },
 }
 PEERS = {"transformers eager": {"compile": False}, "transformers compiled": {"compile": True}}
 T = 1024
@@ -110,8 +176,8 @@ T = 1024
 
 def contenders(device_type):
     """{name: what it switches on}, the peers first."""
-    cuda = device_type == "cuda"
-    plain = {"dtype": "float32", "compile": False, "fused": False, "keep": False, "whole_loss": True, "tf32": False}
+    cuda, cpu = device_type == "cuda", device_type == "cpu"
+    plain = {"dtype": "float32", "compile": False, "fused": False, "keep": False, "whole_loss": cpu, "tf32": False}
     plain |= {"vocab_size": 50257, "flash": False} if cuda else {"vocab_size": 50304, "flash": True}
     found = {name: {"peer": True, **switches} for name, switches in PEERS.items()}
     for name, switches in LADDERS[device_type].items():
@@ -121,8 +187,8 @@ def contenders(device_type):
 
 
 class Peer(torch.nn.Module):
-    """transformers' GPT2LMHeadModel behind this script's interface, (None, loss), used as its documentation has it: the
-    labels are the inputs, and it moves them on by itself (so the last token of a row has none)."""
+    """transformers' GPT2LMHeadModel with the interface of GPT, (None, loss), used as its documentation says: the labels
+    are the inputs, and it shifts them itself (so that the last token of a row has none)."""
 
     def __init__(self, config):
         super().__init__()
@@ -134,9 +200,13 @@ class Peer(torch.nn.Module):
         return None, self.model(input_ids=idx, labels=idx, use_cache=False).loss
 
 
+gpt_forward = GPT.forward
+
+
 def whole_loss(self, idx, targets):
-    """GPT.forward as it would be without pieces."""
-    return None, F.cross_entropy(self.lm_head(self.hidden(idx)).flatten(0, 1), targets.flatten())
+    """GPT.forward with all logits at once."""
+    logits, _ = gpt_forward(self, idx)
+    return None, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def peer_config():
@@ -152,7 +222,7 @@ def build_contender(switches, device):
         torch.set_float32_matmul_precision("high")
         model = Peer(peer_config()).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-        return model, optimizer, torch.autocast(device.type, dtype=torch.bfloat16)
+        return model, optimizer, make_autocast(device, torch.bfloat16)
     if switches["tf32"]:
         torch.set_float32_matmul_precision("high")
     if switches["keep"]:
@@ -161,52 +231,50 @@ def build_contender(switches, device):
         GPT.forward = whole_loss
     model = GPT(GPTConfig(vocab_size=switches["vocab_size"])).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, device.type if switches["fused"] else "none")
-    dtype = getattr(torch, switches["dtype"])
-    return model, optimizer, nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    return model, optimizer, make_autocast(device, getattr(torch, switches["dtype"]))
 
 
-def run_contender(name, device, micro_batch_size, warmup, updates):
-    """Print the seconds of each of this contender's updates, its peak memory and its number of parameters, as JSON."""
-    device = pick_device(device, local_rank=0, world_size=1)
+def run_contender(name, device, micro_batch_size, warmup, steps):
+    """Print the seconds of each step of this contender, its peak memory and its number of parameters, as JSON."""
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     switches = contenders(device.type)[name]
     model, optimizer, autocast = build_contender(switches, device)
-    params = sum(p.numel() for p in model.parameters())
-    trained = torch.compile(model) if switches["compile"] else model
+    params = list(model.parameters())
+    trained = model
+    if switches["compile"]:
+        trained = torch.compile(model) if switches.get("peer") else torch.compile(model, dynamic=False, fullgraph=True)
     attention = nullcontext() if switches.get("flash", True) else sdpa_kernel(SDPBackend.MATH)
     loader = DataLoaderLite(micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
     seconds = []
-    for _ in range(warmup + updates):
+    for _ in range(warmup + steps):
         start = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
         with attention:
-            loss = accumulate_gradients(trained, loader, 1, device, autocast, scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        torch.stack((loss, norm)).tolist()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+            train_step(trained, params, optimizer, loader, device, autocast)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds[warmup:], "memory": peak_memory(device), "params": params}))
+    result = {"seconds": seconds[warmup:], "memory": peak_memory(device), "params": sum(p.numel() for p in params)}
+    print(json.dumps(result))
 
 
 def benchmark_train(options):
-    device = pick_device(options.device, local_rank=0, world_size=1)
+    device = pick_device(options.device)
     names = [name for name in contenders(device.type) if not options.only or name in options.only.split(",")]
     seconds, memory, params = {name: [] for name in names}, {}, {}
     for _ in range(options.rounds):
         for name in names:
             command = [sys.executable, __file__, "contender", name, options.device]
-            command += [str(options.micro_batch_size), str(options.warmup), str(options.updates)]
+            command += [str(options.micro_batch_size), str(options.warmup), str(options.steps)]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode != 0:
                 print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 continue
             result = json.loads(done.stdout.splitlines()[-1])
             seconds[name] += result["seconds"]
-            memory[name], params[name] = max(result["memory"], memory.get(name, 0)), result["params"]
+            memory[name], params[name] = max(result["memory"] or 0, memory.get(name, 0)), result["params"]
             print(f"{name}: {statistics.median(result['seconds']):.3f} s", file=sys.stderr)
-    peak = peak_flops(device, torch.bfloat16)
+    peak = peak_flops(device)
     figures, rows = {"micro_batch_size": options.micro_batch_size, "contenders": {}}, []
     fastest_peer = max((1 / statistics.median(seconds[name]) for name in PEERS if seconds.get(name)), default=None)
     for name in names:
@@ -219,17 +287,17 @@ def benchmark_train(options):
         ratio = 1 / median / fastest_peer if fastest_peer else None
         figures["contenders"][name] = {
             "tokens_per_second": rate,
-            "ms_per_update": 1000 * median,
+            "ms_per_step": 1000 * median,
             "mfu": mfu,
             "memory_gb": memory[name] / 1e9,
             "times_the_faster_peer": ratio,
-            "updates_timed": len(seconds[name]),
+            "steps_timed": len(seconds[name]),
         }
         note = f"tokens/s {1000 * median:9.1f} ms {memory[name] / 1e9:6.2f} GB"
         note += f" {100 * mfu:5.1f} % MFU" if mfu else ""
         note += f" {ratio:5.2f} x" if ratio else ""
         rows.append((name, rate, note))
-    print_table(f"train: 124M, {options.micro_batch_size} x {T} tokens an update, {device.type}", rows)
+    print_table(f"train: 124M, {options.micro_batch_size} x {T} tokens per step, {device.type}", rows)
     if options.plot:
         plot_ladder(figures, Path(options.plot), device.type)
     return figures
@@ -246,7 +314,7 @@ def plot_ladder(figures, path, device_type):
     for i, rate in enumerate(rates):
         ax.annotate(f"{rate:,.0f}", (rate, i), (4, 0), textcoords="offset points", va="center")
     ax.set_xlabel(
-        f"tokens a second, 124M parameters, {figures['micro_batch_size']} x {T} tokens an update, {device_type}"
+        f"tokens per second, 124M parameters, {figures['micro_batch_size']} x {T} tokens per step, {device_type}"
     )
     ax.margins(x=0.1)
     ax.spines[["top", "right"]].set_visible(False)
@@ -254,7 +322,7 @@ def plot_ladder(figures, path, device_type):
 
 
 class WithTargets(torch.nn.Module):
-    """transformers' model with our targets, so that both are scored on the same tokens."""
+    """transformers' model with the same targets as GPT."""
 
     def __init__(self, model):
         super().__init__()
@@ -266,37 +334,34 @@ class WithTargets(torch.nn.Module):
 
 
 def benchmark_losses(options):
-    """The same weights, the same batches, the same settings: 20 updates of both, in bf16."""
+    """The same weights, batches and settings: 20 steps of both, in bfloat16."""
     from transformers import GPT2LMHeadModel
 
-    device = pick_device(options.device, local_rank=0, world_size=1)
+    device = open_device(options.device)
     torch.manual_seed(0)
     ours = GPT(GPTConfig(vocab_size=50257))
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
-        theirs = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa")
-    autocast, losses = torch.autocast(device.type, dtype=torch.bfloat16), {}
+        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        theirs = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa", **no_dropout)
+    autocast, losses = make_autocast(device, torch.bfloat16), {}
     for name, model in (("ours", ours), ("peer", WithTargets(theirs))):
         model = model.to(device).train()
-        decay = [p for p in model.parameters() if p.dim() >= 2]
-        rest = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        params = list(model.parameters())
+        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1}]
+        groups += [{"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
         if name == "ours":
             optimizer = model.configure_optimizers(0.1, 3e-4, device.type)
         loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
-        scaler = torch.amp.GradScaler(device.type, enabled=False)
         losses[name] = []
-        for _ in range(20):
-            optimizer.zero_grad(set_to_none=True)
-            losses[name].append(accumulate_gradients(model, loader, 1, device, autocast, scaler).item())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+        for _ in range(options.steps):
+            losses[name].append(train_step(model, params, optimizer, loader, device, autocast))
             print(f"{name} {len(losses[name])}: {losses[name][-1]:.4f}", file=sys.stderr)
     difference = max(abs(a - b) for a, b in zip(losses["ours"], losses["peer"], strict=True))
     rows = [("largest difference", difference, ""), ("last loss, ours", losses["ours"][-1], "")]
     rows.append(("last loss, transformers", losses["peer"][-1], ""))
-    print_table("losses: 20 updates from the same weights", rows)
+    print_table(f"losses: {options.steps} steps from the same weights", rows)
     return {**losses, "largest_difference": difference}
 
 
@@ -313,60 +378,57 @@ def timed(function, rounds):
     return statistics.median(seconds)
 
 
+def hellaswag_in_training(model, tokenized, device, autocast):
+    with autocast:
+        hellaswag.count_correct(hellaswag.ending_losses(model, tokenized, device), tokenized)
+
+
 def benchmark_loop(options):
-    """The parts of the recipe's run, measured; and what share of it is not training: between two evaluations there are
-    250 updates of 524,288 tokens."""
-    device = pick_device(options.device, local_rank=0, world_size=1)
-    if device.type == "cpu":
-        keep_freed_memory()
+    """Measure the parts of the recipe's run, and compute the share of it that is not training: between two evaluations
+    there are 250 steps of 524,288 tokens."""
+    device = open_device(options.device)
     torch.set_float32_matmul_precision("high")
-    settings = Settings(val_tokens=4 * options.micro_batch_size * T)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50304)).to(device)
+    params = list(model.parameters())
     optimizer = model.configure_optimizers(0.1, 6e-4, device.type)
-    trained = torch.compile(model) if device.type == "cuda" else model
-    dtype = pick_dtype("auto", device)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    trained = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
+    autocast = make_autocast(device, pick_dtype("auto", device))
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
     val_loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "val", ROOT / "input.txt")
     examples = hellaswag.load_examples(options.data)
     examples = examples[:: max(1, len(examples) // options.examples)]
-    rows = hellaswag.tokenize(examples)
-
-    def update():
-        optimizer.zero_grad(set_to_none=True)
-        loss = accumulate_gradients(trained, loader, 1, device, autocast, scaler)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        torch.stack((loss, norm)).tolist()
-        optimizer.step()
-
-    def validate():
-        evaluate(model, val_loader, settings.val_tokens, device, autocast)
-
-    def hella():
-        evaluate_hellaswag(model, rows, 0, 1, device, autocast)
-
-    def samples():
-        with contextlib.redirect_stdout(io.StringIO()):
-            print_samples(model, fineweb.gpt2_encoding(), settings, device, autocast)
+    tokenized = hellaswag.tokenize(examples, T)
+    settings = Settings(val_tokens=4 * options.micro_batch_size * T)
 
     def checkpoint():
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            save_checkpoint(folder, 0, model, optimizer, scaler, settings, {})
+        with tempfile.TemporaryDirectory() as settings.log_dir:
+            save_checkpoint(0, model, optimizer, scaler, settings, {})
 
-    parts = {"update": update, "validation": validate, "hellaswag": hella, "samples": samples, "checkpoint": checkpoint}
+    parts = {
+        "steps": lambda: train_step(trained, params, optimizer, loader, device, autocast),
+        "validation": lambda: evaluate(trained, val_loader, settings.val_tokens, device, autocast),
+        "hellaswag": lambda: hellaswag_in_training(model, tokenized, device, autocast),
+        "samples": lambda: print_samples(model, settings, device, autocast),
+        "checkpoint": checkpoint,
+    }
+    for _ in range(options.warmup):
+        parts["steps"]()
     seconds = {name: [] for name in parts}
     for i in range(options.rounds + 1):
         for name, part in parts.items():
+            synchronize(device)
             start = time.perf_counter()
-            part()
+            with contextlib.redirect_stdout(io.StringIO()):
+                part()
+            synchronize(device)
             if i > 0:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = options.micro_batch_size * T
-    cost = {  # in a stretch of 250 updates
-        "update": medians["update"] * 250 * 524288 / tokens,
+    cost = {  # for every 250 steps
+        "steps": medians["steps"] * 250 * 524288 / tokens,
         "validation": medians["validation"] * 10485760 / min(settings.val_tokens, val_loader.num_tokens - 1),
         "hellaswag": medians["hellaswag"] * 10042 / len(examples),
         "samples": medians["samples"],
@@ -374,9 +436,9 @@ def benchmark_loop(options):
     }
     total = sum(cost.values())
     rows = [(f"{name}: {value:,.1f} s", 100 * value / total, "% of the run") for name, value in cost.items()]
-    rows.append(("all but the updates", 100 * (1 - cost["update"] / total), "% of the run"))
-    print_table(f"loop: 250 updates of the recipe and what comes with them, {device.type}, computed from parts", rows)
-    return {"seconds": cost, "share_that_is_not_updates": 1 - cost["update"] / total}
+    rows.append(("all but the steps", 100 * (1 - cost["steps"] / total), "% of the run"))
+    print_table(f"loop: 250 steps of the recipe and what comes with them, {device.type}, computed from parts", rows)
+    return {"seconds": cost, "share_that_is_not_steps": 1 - cost["steps"] / total}
 
 
 def benchmark_loader(options):
@@ -391,21 +453,19 @@ def benchmark_loader(options):
     figures["shards_tokens_per_second"] = tokens_per_second
     figures["share_of_a_step_at_450k_tokens_per_second"] = 450_000 / tokens_per_second
     rows = [(f"a batch from {name}", 1000 * seconds, "ms") for name, seconds in batch.items()]
-    rows.append(("tokens a second from shards", tokens_per_second, ""))
-    rows.append(("share of a step of a GPU that trains on 450,000 a second", 45_000_000 / tokens_per_second, "%"))
+    rows.append(("tokens per second from shards", tokens_per_second, ""))
+    rows.append(("share of a step on a GPU with 450,000 tokens/s", 45_000_000 / tokens_per_second, "%"))
     print_table(f"loader: {options.micro_batch_size} x {T} tokens", rows)
     return figures
 
 
 def benchmark_sample(options):
-    device = pick_device(options.device, local_rank=0, world_size=1)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device = open_device(options.device)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50304)).to(device)
     idx = torch.zeros(4, 8, dtype=torch.int64, device=device)
     dtype = pick_dtype("auto", device)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    autocast = make_autocast(device, dtype)
 
     def generate():
         with autocast:
@@ -413,7 +473,7 @@ def benchmark_sample(options):
 
     generate()
     seconds = timed(generate, options.rounds)
-    rows = [("4 samples of 32 tokens", seconds, "s"), ("tokens a second", 4 * 32 / seconds, "")]
+    rows = [("4 samples of 32 tokens", seconds, "s"), ("tokens per second", 4 * 32 / seconds, "")]
     print_table(f"sample: 124M, {device.type}, {dtype}", rows)
     return {"seconds": seconds, "tokens_per_second": 4 * 32 / seconds}
 
@@ -447,7 +507,7 @@ def write_documents(folder, count):
 
 @functools.cache
 def plain_encoding():
-    """As tiktoken has it."""
+    """The encoding with tiktoken's own pattern."""
     ranks = fineweb.gpt2_encoding()._mergeable_ranks
     return tiktoken.Encoding(
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
@@ -460,7 +520,7 @@ def plain_tokenize(document):
 
 
 def plain_loop(dataset, out):
-    """As the reference script has it on two cores: one worker, documents pickled to it in chunks of 16."""
+    """The lecture's script on two cores: one worker, documents pickled to it in chunks of 16."""
     from datasets import load_dataset
 
     documents = load_dataset(dataset, name="sample-10BT", split="train")
@@ -479,7 +539,7 @@ def plain_loop(dataset, out):
 
 
 def encode_for(seconds, queue):
-    """Tokens a second of encode_to_numpy alone, on the same kind of documents, in memory."""
+    """Tokens per second of encode_to_numpy alone, on the same kind of documents, in memory."""
     encoding, documents = fineweb.gpt2_encoding(), itertools.cycle(list(web_documents(5000)))
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -560,17 +620,16 @@ def benchmark_tokenize(options):
 
 
 @torch.no_grad()
-def one_at_a_time(model, rows, device):
-    """As the reference script has it: the four rows of an example padded to one batch, all logits: (M, 4) sums."""
-    sums, place = [], 0
-    lengths_of_rows, lengths_of_endings = rows.lengths.view(-1, 4).tolist(), rows.ending_lengths.view(-1, 4).tolist()
-    for lengths, endings in zip(lengths_of_rows, lengths_of_endings, strict=True):
-        idx = torch.zeros(4, max(lengths), dtype=torch.int64)
-        mask = torch.zeros(4, max(lengths))
-        for i, (length, ending) in enumerate(zip(lengths, endings, strict=True)):
-            idx[i, :length] = rows.tokens[place : place + length]
-            mask[i, length - ending : length] = 1
-            place += length
+def one_at_a_time(model, tokenized, device):
+    """The lecture's evaluation: the four rows of an example in one batch. Returns the summed losses, (M, 4)."""
+    sums = []
+    for _, rows in tokenized:
+        longest = max(len(tokens) for tokens, _ in rows)
+        idx = torch.zeros(4, longest, dtype=torch.int64)
+        mask = torch.zeros(4, longest)
+        for i, (tokens, ending) in enumerate(rows):
+            idx[i, : len(tokens)] = tokens
+            mask[i, : len(tokens)] = ending
         idx, mask = idx.to(device), mask.to(device)
         logits = model(idx)[0][:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, 1:].flatten(), reduction="none")
@@ -580,12 +639,12 @@ def one_at_a_time(model, rows, device):
 
 
 def benchmark_hellaswag(options):
-    device = pick_device(options.device, local_rank=0, world_size=1)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device = open_device(options.device)
     examples = hellaswag.load_examples(options.data)
-    examples = examples[:: max(1, len(examples) // options.examples)]  # short ones come first: take some of all
-    rows = hellaswag.tokenize(examples)
+    examples = examples[
+        :: max(1, len(examples) // options.examples)
+    ]  # the first ones are short, so take some from everywhere
+    tokenized = hellaswag.tokenize(examples, T)
     torch.manual_seed(0)
     shape = {"n_layer": options.n_layer, "n_head": options.n_embd // 64, "n_embd": options.n_embd}
     model = GPT(GPTConfig(vocab_size=50304, **shape)).to(device)
@@ -593,10 +652,10 @@ def benchmark_hellaswag(options):
     for i in range(options.rounds + 1):
         for name, run in (("plain", one_at_a_time), ("ours", hellaswag.ending_losses)):
             start = time.perf_counter()
-            sums[name] = run(model, rows, device).cpu()
+            sums[name] = run(model, tokenized, device).cpu()
             if i > 0:
                 seconds[name].append(time.perf_counter() - start)
-    counts = rows.ending_lengths.view(-1, 4)
+    counts = torch.tensor([[ending.sum() for _, ending in rows] for _, rows in tokenized])
     differ = sum(
         int((a.argmin(1) != b.argmin(1)).sum())
         for a, b in ((sums["plain"], sums["ours"]), (sums["plain"] / counts, sums["ours"] / counts))
@@ -607,7 +666,7 @@ def benchmark_hellaswag(options):
     size = f"{shape['n_layer']} layers, {shape['n_embd']} wide"
     title = f"hellaswag: {len(examples)} examples, {size}, float32, {device.type}"
     rows = [
-        ("one example at a time, all logits", rates["plain"], "examples/s"),
+        ("one example at a time", rates["plain"], "examples/s"),
         ("hellaswag.py", rates["ours"], "examples/s"),
         ("ratio", figures["ratio"], ""),
         ("predictions that differ", differ, ""),
@@ -639,8 +698,10 @@ def main():
     for name in ("train", "losses", "loop", "loader"):
         commands[name].add_argument("--micro_batch_size", type=int, default=4, help="sequences of 1024 tokens [4]")
     commands["train"].add_argument("--only", help="names of contenders, with commas between [all]")
-    commands["train"].add_argument("--warmup", type=int, default=2, help="updates before the clock starts [2]")
-    commands["train"].add_argument("--updates", type=int, default=3, help="updates timed in a round [3]")
+    for name in ("train", "loop"):
+        commands[name].add_argument("--warmup", type=int, default=4, help="steps that are not timed [4]")
+    commands["train"].add_argument("--steps", type=int, default=3, help="steps timed in a round [3]")
+    commands["losses"].add_argument("--steps", type=int, default=20, help="steps of both models [20]")
     commands["train"].add_argument("--plot", help="draw the ladder to this PNG file")
     commands["tokenize"].add_argument("--documents", type=int, default=200_000, help="of about 1,000 tokens [200000]")
     for name in ("hellaswag", "loop"):
@@ -660,4 +721,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    fineweb.run_main(main, interrupted="no figures were kept")

@@ -1,4 +1,4 @@
-"""What the tests share: a folder of small shards, a tiny model's flags, and ways to run the script."""
+"""Shared by the tests: a folder of small shards, the flags of a tiny model, and ways to run the script."""
 
 import atexit
 import json
@@ -57,7 +57,7 @@ def write_bin(path, tokens):
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """A folder whose training stream has three shards and ends within the third update of TINY."""
+    """A folder whose training stream has three shards and ends within the third step of TINY."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder, "train", [200, 37, 111])
     write_shards(folder, "val", [251])
@@ -83,18 +83,27 @@ def train(tmp_path, shards, capsys):
         signal.signal(number, handler)
 
 
+def files_in(folder):
+    """The files in a folder, sorted: without the hidden .lock."""
+    return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+
+
+def names_in(folder):
+    return [path.name for path in files_in(folder)]
+
+
 def read_log(folder):
     """log.txt as a list of (step, kind, value), the value as it was written."""
     lines = (Path(folder) / "log.txt").read_text(encoding="utf-8").splitlines()
     return [(int(step), kind, value) for step, kind, value in (line.split() for line in lines)]
 
 
-def run_script(*flags, nproc=None, env=None, root=ROOT, stdin=None):
-    """The script in a process of its own, or in nproc of them under torchrun."""
+def run_script(*flags, nproc=None, env=None, root=ROOT, stdin=None, script="train_gpt2.py"):
+    """A script in a process of its own, or in nproc of them under torchrun."""
     start = [sys.executable]
     if nproc:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [*start, str(root / "train_gpt2.py"), *flags]
+    command = [*start, str(root / script), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300, "input": stdin}
     return subprocess.run(command, check=False, env=environment, **options)

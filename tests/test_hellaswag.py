@@ -1,9 +1,11 @@
 """HellaSwag: the fast evaluation predicts what a plain one-example-at-a-time loop predicts."""
 
 import functools
+import hashlib
 import json
 import math
 import shutil
+import socket
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -67,7 +69,7 @@ def make_model(seed=0, block_size=128):
     model = GPT(GPTConfig(block_size=block_size, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(3.0)  # opinions of its own
+            p.mul_(3.0)  # so that its predictions differ
     return model
 
 
@@ -92,48 +94,51 @@ def test_losses_of_a_case_worked_by_hand():
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    rows = hellaswag.tokenize([{"ctx": "A man", "endings": ["sits down", "runs", "eats a pie.", "is"], "label": 3}])
-    assert rows.ending_lengths.tolist() == [2, 1, 4, 1]
-    assert rows.lengths.tolist() == [4, 3, 6, 3]
-    assert rows.tokens[:4].tolist() == gpt2_encoding().encode("A man sits down")
-    sums = hellaswag.ending_losses(model, rows, CPU)
-    assert sums[0].tolist() == pytest.approx([n * math.log(50304) for n in (2, 1, 4, 1)])
+    example = {"ctx": "A man", "endings": ["sits down", "runs", "eats a pie.", "is"], "label": 3}
+    examples = hellaswag.tokenize([example], 128)
+    ((label, rows),) = examples
+    assert label == 3
+    assert [mask.tolist() for _, mask in rows] == [[0, 0, 1, 1], [0, 0, 1], [0, 0, 1, 1, 1, 1], [0, 0, 1]]
+    assert [len(tokens) for tokens, _ in rows] == [4, 3, 6, 3]
+    assert rows[0][0].tolist() == gpt2_encoding().encode("A man sits down")
+    losses = hellaswag.ending_losses(model, examples, CPU)
+    assert losses[0].tolist() == pytest.approx([n * math.log(50304) for n in (2, 1, 4, 1)])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_equals_one_example_at_a_time(seed):
-    examples, model = make_examples(60, seed), make_model(seed)
-    rows = hellaswag.tokenize(examples)
-    expected, counts = plain_losses(model, examples)
-    assert torch.equal(rows.ending_lengths.view(-1, 4), counts)
-    for batch_tokens in (1, 100, 2048, 10**6):  # batch size and order change nothing
-        sums = hellaswag.ending_losses(model, rows, CPU, batch_tokens=batch_tokens)
-        assert torch.allclose(sums, expected, rtol=1e-5, atol=1e-4)
-        by_mean = ((expected / counts).argmin(1) == rows.labels).sum()
-        by_sum = (expected.argmin(1) == rows.labels).sum()
-        assert hellaswag.count_correct(sums, rows, 128) == (by_mean, by_sum)
+    made, model = make_examples(60, seed), make_model(seed)
+    examples = hellaswag.tokenize(made, 128)
+    expected, counts = plain_losses(model, made)
+    labels = torch.tensor([example["label"] for example in made])
+    assert [[mask.sum() for _, mask in rows] for _, rows in examples] == counts.tolist()
+    for batch_size in (1, 3, 32, 1000):  # batch size and order change nothing
+        losses = hellaswag.ending_losses(model, examples, CPU, batch_size=batch_size)
+        assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-4)
+        by_mean = ((expected / counts).argmin(1) == labels).sum()
+        by_sum = (expected.argmin(1) == labels).sum()
+        assert hellaswag.count_correct(losses, examples) == (by_mean, by_sum)
 
 
 def test_any_number_of_processes_shares_the_work():
-    examples, model = make_examples(7), make_model()
-    rows = hellaswag.tokenize(examples)
-    whole = hellaswag.ending_losses(model, rows, CPU, batch_tokens=200)
+    model = make_model()
+    examples = hellaswag.tokenize(make_examples(7), 128)
+    whole = hellaswag.ending_losses(model, examples, CPU, batch_size=3)
     for world_size in (1, 2, 5, 40):  # more than there are batches, too
-        parts = [hellaswag.ending_losses(model, rows, CPU, rank, world_size, 200) for rank in range(world_size)]
+        parts = [hellaswag.ending_losses(model, examples, CPU, rank, world_size, 3) for rank in range(world_size)]
         assert torch.equal(sum(parts), whole)
 
 
 def test_rows_longer_than_the_context_keep_their_end():
-    examples, model = make_examples(20), make_model(block_size=12)
-    rows = hellaswag.tokenize(examples)
-    sums = hellaswag.ending_losses(model, rows, CPU, batch_tokens=64)
+    made, model = make_examples(20), make_model(block_size=12)
+    losses = hellaswag.ending_losses(model, hellaswag.tokenize(made, 12), CPU, batch_size=5)
     encoding = gpt2_encoding()
-    for example, found in zip(examples, sums, strict=True):
+    for example, found in zip(made, losses, strict=True):
         for text, loss in zip(example["endings"], found, strict=True):
             ending = encoding.encode(" " + text)
             row = torch.tensor([(encoding.encode(example["ctx"]) + ending)[-13:]])
-            losses = F.cross_entropy(model(row[:, :-1])[0][0], row[0, 1:], reduction="none")
-            assert loss.item() == pytest.approx(losses[-len(ending) :].sum().item(), rel=1e-4)
+            expected = F.cross_entropy(model(row[:, :-1])[0][0], row[0, 1:], reduction="none")
+            assert loss.item() == pytest.approx(expected[-len(ending) :].sum().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("nproc", [None, 2])
@@ -142,13 +147,13 @@ def test_in_training_on_any_number_of_processes(tmp_path, shards, nproc):
     flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path / 'log'}", f"--hellaswag={data}", "--max_steps=2"]
     run = run_script(*flags, nproc=nproc)
     assert run.returncode == 0, run.stderr
-    rows = hellaswag.tokenize(make_examples(30))
+    examples = hellaswag.tokenize(make_examples(30), 16)
     for step, where in ((0, None), (2, tmp_path / "log" / "model_00002.pt")):
         torch.manual_seed(1337)
         model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
         if where:
             model.load_state_dict(train_gpt2.load_checkpoint(where)["model"])
-        correct, _ = hellaswag.count_correct(hellaswag.ending_losses(model, rows, CPU), rows, 16)
+        correct, _ = hellaswag.count_correct(hellaswag.ending_losses(model, examples, CPU), examples)
         assert (step, "hella", f"{correct / 30:.4f}") in read_log(tmp_path / "log")
         assert f"HellaSwag accuracy: {correct}/30={correct / 30:.4f}" in run.stdout
     assert [entry[:2] for entry in read_log(tmp_path / "log")] == [
@@ -173,46 +178,83 @@ def test_unreachable_official_file_does_not_stop_training(tmp_path, shards, npro
     for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):  # where the file was not downloaded before
         shutil.copy(ROOT / name, tmp_path)
     flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path / 'log'}", "--hellaswag=official", "--max_steps=1"]
-    run = run_script(*flags, nproc=nproc, root=tmp_path, env={"https_proxy": "http://127.0.0.1:9"})  # nobody listens
+    run = run_script(*flags, nproc=nproc, root=tmp_path, env={"https_proxy": "http://127.0.0.1:9"})  # a closed port
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Training goes on without HellaSwag") == 1
+    assert run.stdout.count("Training continues without HellaSwag") == 1
     assert "hella" not in {kind for _, kind, _ in read_log(tmp_path / "log")}
-    assert not list(tmp_path.glob("hellaswag/*"))
+    assert not list(tmp_path.glob("hellaswag/*.jsonl*"))
 
 
-def test_official_file_is_fetched_once(tmp_path, monkeypatch):
-    examples = make_examples(5)
-    write_examples(tmp_path / "hellaswag_val.jsonl", examples)
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """A server with a made-up official file in tmp_path, which is what gets downloaded to tmp_path/project."""
+    write_examples(tmp_path / "hellaswag_val.jsonl", make_examples(5))
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    content = (tmp_path / "hellaswag_val.jsonl").read_bytes()
     monkeypatch.setattr(hellaswag, "OFFICIAL", f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl")
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(hellaswag, "HERE", tmp_path / "project")
-    assert hellaswag.load_examples("official") == examples
+    (tmp_path / "project").mkdir()
+    timeout = socket.getdefaulttimeout()
+    yield server
+    socket.setdefaulttimeout(timeout)
     server.shutdown()
     server.server_close()
+    thread.join()
+
+
+def downloaded(project):
+    return [path.name for path in (project / "hellaswag").iterdir() if path.suffix != ".lock"]
+
+
+def test_official_file_is_downloaded_once(tmp_path, monkeypatch, official):
+    examples = make_examples(5)
+    assert hellaswag.load_examples("official") == examples
+    official.shutdown()
+    official.server_close()
     assert hellaswag.load_examples("official", limit=2) == examples[:2]
-    assert [path.name for path in (tmp_path / "project" / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
+    assert downloaded(tmp_path / "project") == ["hellaswag_val.jsonl"]
     monkeypatch.setattr(hellaswag, "HERE", tmp_path / "other")
-    with pytest.raises(UserError, match="could not be fetched"):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="could not be downloaded"):
         hellaswag.load_examples("official")
+    assert downloaded(tmp_path / "other") == []
+
+
+@pytest.mark.parametrize("damage", ["another file", "cut off"])
+def test_official_file_with_another_hash_is_refused_and_not_kept(tmp_path, monkeypatch, official, damage):
+    path = tmp_path / "hellaswag_val.jsonl"
+    if damage == "another file":
+        write_examples(path, make_examples(5, seed=1))
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])  # what is left is whole lines
+    with pytest.raises(UserError, match="could not be downloaded") as error:
+        hellaswag.load_examples("official")
+    assert "\n" not in str(error.value)
+    assert downloaded(tmp_path / "project") == []
+    write_examples(path, make_examples(5))
+    assert hellaswag.load_examples("official") == make_examples(5)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is not there"),
-        ("", "cannot be used|holds no example"),
+        (None, "cannot be used"),
+        ("", "cannot be used|has no examples"),
         ("not json\n", "cannot be used"),
         ('{"ctx": "A"}\n', "cannot be used"),
         ('{"ctx": "A", "endings": ["a", "b", "c"], "label": 1}\n', "cannot be used"),
-        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 7}\n', "label 7, 4 endings"),
-        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 1.5}\n', "label 1.5, 4 endings"),
-        ('{"ctx": "A", "endings": "abcd", "label": 1}\n', "not text"),
-        ('{"ctx": "A", "endings": [1, 2, 3, 4], "label": 1}\n', "not text"),
-        ('{"ctx": "A", "endings": ["a", "", "c", "d"], "label": 1}\n', "is empty"),
-        ('{"ctx": null, "endings": ["a", "b", "c", "d"], "label": 1}\n', "not text"),
+        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 7}\n', "label from 0 to 3"),
+        ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 1.5}\n', "label from 0 to 3"),
+        ('{"ctx": "A", "endings": "abcd", "label": 1}\n', "cannot be used"),
+        ('{"ctx": "A", "endings": [1, 2, 3, 4], "label": 1}\n', "cannot be used"),
+        ('{"ctx": "A", "endings": ["a", "", "c", "d"], "label": 1}\n', "cannot be used"),
+        ('{"ctx": null, "endings": ["a", "b", "c", "d"], "label": 1}\n', "cannot be used"),
     ],
 )
 def test_bad_local_file_is_refused_in_one_line(train, tmp_path, content, message):
@@ -230,9 +272,9 @@ def test_command_line(tmp_path, capsys):
     hellaswag.main(["-m", str(tmp_path / "model"), "-d", "cpu", f"--data={data}", "--limit=9", "--show=2"])
     out = capsys.readouterr().out
     small = GPT.from_pretrained(tmp_path / "model")
-    sums, counts = plain_losses(small, examples[:9])
+    losses, counts = plain_losses(small, examples[:9])
     labels = torch.tensor([example["label"] for example in examples[:9]])
-    acc, acc_norm = [(values.argmin(1) == labels).float().mean().item() for values in (sums, sums / counts)]
+    acc, acc_norm = [(values.argmin(1) == labels).float().mean().item() for values in (losses, losses / counts)]
     assert f"acc {acc:.4f}, acc_norm {acc_norm:.4f}, N = 9, completion style" in out
     assert out.count("Context: ") == 2
-    assert f"(loss {(sums / counts)[1, 2].item():.4f}) {examples[1]['endings'][2]}" in out
+    assert f"(loss {(losses / counts)[1, 2].item():.4f}) {examples[1]['endings'][2]}" in out

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from fineweb import UserError, gpt2_encoding
-from train_gpt2 import GPT, DataLoaderLite, GPTConfig, get_lr, gpt3_max_lr
+import hellaswag
+from fineweb import UserError, gpt2_encoding, save_tokenizer
+from train_gpt2 import GPT, MODELS, DataLoaderLite, GPTConfig, evaluate, get_lr
 
 SHAPES = {
     "tiny": {"n_layer": 3, "n_head": 4, "n_embd": 48, "n_positions": 40, "vocab_size": 1000},
@@ -106,13 +107,13 @@ def pickled_weights_only(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_tensor, "h.1.mlp.c_fc.weight is missing"),
-        (misshape_tensor, r"h.2.ln_1.bias has the shape \[47\], not \[48\]"),
-        (pickled_weights_only, "no .safetensors file"),
+        (remove_tensor, r"Missing key.*h\.1\.mlp\.c_fc\.weight"),
+        (misshape_tensor, r"size mismatch for .*h\.2\.ln_1\.bias.*\[47\].*\[48\]"),
+        (pickled_weights_only, r"\*\.safetensors \(\.bin is never read\)"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "not a folder of GPT-2 weights"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "not a folder of GPT-2 weights"),
-        (lambda folder: edit_json(folder / "config.json", n_layer="3"), "n_layer"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "cannot be loaded"),
+        (lambda folder: edit_json(folder / "config.json", n_layer="3"), "cannot be loaded"),
         (lambda folder: edit_json(folder / "config.json", model_type="llama"), "model_type llama"),
         (lambda folder: edit_json(folder / "config.json", activation_function="relu"), "activation_function relu"),
         (lambda folder: edit_json(folder / "config.json", scale_attn_by_inverse_layer_idx=True), "scale_attn"),
@@ -145,7 +146,7 @@ def test_parameter_counts_and_optimizer_groups(vocab_size, total, decayed, other
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (6e-4, (0.9, 0.95), 1e-8, True)
 
 
-def test_initialisation_and_first_loss():
+def test_initialization_and_first_loss():
     torch.manual_seed(1337)
     model = GPT(GPTConfig(vocab_size=50304))
     assert model.transformer.wte.weight is model.lm_head.weight
@@ -176,8 +177,8 @@ def test_learning_rate():
     assert all(lr(step) > lr(step + 1) for step in range(715, 19072, 97))
     assert get_lr(3, max_steps=4, warmup_steps=4, max_lr=1.0, min_lr=0.1) == 1.0  # warm-up all the way
     assert get_lr(0, max_steps=1, warmup_steps=0, max_lr=1.0, min_lr=0.1) == 1.0  # none at all
-    sizes = {124.4e6: 6e-4, 354.8e6: 3e-4, 774e6: 2.5e-4, 1557.6e6: 2e-4}  # gpt2 to gpt2-xl
-    assert {size: gpt3_max_lr(size) for size in sizes} == sizes
+    max_lr = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
+    assert {name: shape["max_lr"] for name, shape in MODELS.items()} == max_lr
 
 
 def test_loss_counts_only_targets_that_are_given():
@@ -186,6 +187,30 @@ def test_loss_counts_only_targets_that_are_given():
     x, y = torch.randint(100, (2, 8)), torch.randint(100, (2, 8))
     y[1] = -1
     assert model(x, y)[1].item() == pytest.approx(model(x[:1], y[:1])[1].item(), rel=1e-6)
+
+
+def test_cross_entropy_gets_float32_logits_under_autocast(monkeypatch):
+    """Autocast makes the logits bfloat16, and a loss computed from those would be rounded."""
+    model, autocast = small_model(), torch.autocast("cpu", dtype=torch.bfloat16)
+    cross_entropy, given, computed = F.cross_entropy, [], []
+
+    def record(logits, *args, **kwargs):
+        given.append(logits.dtype)
+        return cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", record)
+    model.lm_head.register_forward_hook(lambda module, args, logits: computed.append(logits.dtype))
+    x, y = torch.randint(50257, (2, 8)), torch.randint(50257, (2, 8))
+    with autocast:
+        loss = model(x, y)[1]
+    assert loss.dtype == torch.float32
+    evaluate(model, DataLoaderLite(2, 8, 0, 1, "val", ROOT / "input.txt"), 20, x.device, autocast)
+    example = {"ctx": "A man", "endings": ["sits", "runs", "eats", "is"], "label": 3}
+    with autocast:
+        hellaswag.ending_losses(model, hellaswag.tokenize([example], 8), x.device)
+    assert len(given) == 4  # one to train, two batches to evaluate, one of HellaSwag
+    assert set(given) == {torch.float32}
+    assert set(computed) == {torch.bfloat16}
 
 
 def small_model(vocab_size=50304):
@@ -238,7 +263,7 @@ def test_context_is_causal_and_bounded():
     before, after = model(idx)[0], model(changed)[0]
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5], after[:, 5])
-    with pytest.raises(ValueError, match="9 tokens do not fit the context of 8"):
+    with pytest.raises(AssertionError, match="9 tokens do not fit into a context of 8"):
         model(torch.zeros(1, 9, dtype=torch.long))
 
 
@@ -249,15 +274,14 @@ def test_config_json_says_gpt2(tmp_path):
 
 
 def test_an_exported_folder_serves_transformers_offline(tmp_path):
-    """Its AutoTokenizer has tiktoken's ids, its AutoModel writes our text."""
+    """Its AutoTokenizer gives tiktoken's ids, and its AutoModel the same text as this one."""
     torch.manual_seed(3)
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
-        model.transformer.wte.weight.mul_(20)  # far from indifferent, so that rounding decides nothing
+        model.transformer.wte.weight.mul_(20)  # so that the likeliest token is far ahead, and rounding decides nothing
     model.save_pretrained(tmp_path)
-    files = {"config.json", "generation_config.json", "model.safetensors", "vocab.json", "merges.txt"}
-    assert {path.name for path in tmp_path.iterdir()} == {*files, "tokenizer_config.json"}
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever may read one may read all
+    save_tokenizer(tmp_path, 64)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who may read one file may read all
 
     tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path), gpt2_encoding()
     text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 import plot
-from fineweb import FlagError, UserError
+from fineweb import UserError
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, when it is asked for something odd
 
@@ -55,11 +55,11 @@ def legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
 
 
-def long_run(updates, hella=None):
-    """Losses that fall from 10.95 to about 3, with a spike of one update in the middle."""
-    train = {step: 3 + 7.95 / (1 + step / 40) for step in range(updates)}
-    train[updates // 2] = 9.0
-    return {"train": train, "val": {0: 10.95, updates: 3.01}, "hella": hella or {}}
+def long_run(steps, hella=None):
+    """Losses that fall from 10.95 to about 3, with a spike of one step in the middle."""
+    train = {step: 3 + 7.95 / (1 + step / 40) for step in range(steps)}
+    train[steps // 2] = 9.0
+    return {"train": train, "val": {0: 10.95, steps: 3.01}, "hella": hella or {}}
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_the_axis_in_tokens(tokens_per_step, unit, label):
 
 def test_a_long_run_is_not_flattened_by_its_first_losses():
     """Nor by a spike; a short run is shown whole."""
-    for updates, hella in [(5000, None), (5000, {0: 0.25}), (501, None)]:
-        bottom, top = plot.draw({"log": long_run(updates, hella)}).axes[0].get_ylim()
+    for steps, hella in [(5000, None), (5000, {0: 0.25}), (501, None)]:
+        bottom, top = plot.draw({"log": long_run(steps, hella)}).axes[0].get_ylim()
         assert 2.5 < bottom < 3 and 3.2 < top < 8.5
     bottom, top = plot.draw({"log": long_run(400)}).axes[0].get_ylim()
     assert 2.5 < bottom < 3 and 10.95 < top < 12
@@ -228,8 +228,9 @@ def test_bad_input_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         plot.main([log, f"--out={tmp_path / 'none' / 'log.png'}"])
     for flags in (["--out=log.svg"], ["--tokens_per_step=0"], ["--tokens_per_step=x"], ["--colour=red"]):
-        with pytest.raises(FlagError):
+        with pytest.raises(UserError) as error:
             plot.main([log, *flags])
+        assert error.value.status == 2
     assert not (tmp_path / "log.png").exists()
 
 
