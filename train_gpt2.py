@@ -302,13 +302,13 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / (max_steps - warmup_steps))  # from 0 to 1
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+    decay_ratio = min(1.0, (step - warmup_steps) / (max_steps - warmup_steps))  # from 0 to 1
+    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))  # from 1 to 0
+    return min_lr + coeff * (max_lr - min_lr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Data
-#
 # fineweb.py turns documents into one long stream of tokens, cut into files of 100M tokens: the shards.
 
 
@@ -442,7 +442,6 @@ def print_samples(model, settings, device, autocast):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Device, precision, processes
-#
 # torchrun starts one process per GPU and sets environment variables in each: its rank among all world_size processes,
 # and its local rank on its machine, which is the number of its GPU. All processes hold the same weights. Each one
 # computes the gradient of its part of the batch, DistributedDataParallel (DDP) averages the gradients over the
@@ -476,7 +475,7 @@ def pick_device(name, local_rank=0, world_size=1):
     if name == "cuda" or (name.startswith("cuda:") and world_size > 1):
         name = f"cuda:{local_rank}"
     if name not in devices:
-        raise UserError(f"{name} is not available, only {', '.join(devices)}: change --nproc_per_node or --device")
+        raise UserError(f"--device={name} is not available, only {', '.join(devices)}: change it or --nproc_per_node")
     return torch.device(name)
 
 
@@ -521,7 +520,6 @@ def can_compile(device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Settings
-#
 # Each setting is a field here and a flag on the command line. The defaults reproduce GPT-2 (124M), with GPT-3's values
 # for a model of this size (table 2.1, appendix B): half a million tokens per step (2^19), 19,073 steps for 10 billion
 # tokens, 715 of them to warm up (375 million tokens).
@@ -592,7 +590,8 @@ def train(settings, given, checkpoint):
     master_process = rank == 0  # this process prints, logs and saves
     device = pick_device(settings.device, local_rank, world_size)
     torch.manual_seed(settings.seed)  # all ranks start from the same weights
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # TF32: float32 matmuls round their inputs to 10 bits of fraction (lecture: 1000 to 333 ms).
@@ -629,6 +628,7 @@ def train(settings, given, checkpoint):
     examples = load_hellaswag(settings.hellaswag, raw_model.config.block_size) if use_hellaswag else []
 
     # Optimizer, resume
+    min_lr = 0.1 * settings.max_lr if settings.min_lr is None else settings.min_lr
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr, device.type)
     data = {"total_batch_size": settings.total_batch_size} | train_loader.contents | val_loader.contents
     start_step = restore(checkpoint, optimizer, scaler, settings, data) if checkpoint else 0
@@ -644,7 +644,7 @@ def train(settings, given, checkpoint):
     print0(f"data: {train_loader.num_tokens:,} tokens, validation {val_loader.num_tokens:,}, from {settings.data}")
     print0(f"step: {settings.total_batch_size:,} tokens: {B} x {T}, {grad_accum_steps} micro-steps, {world_size} ranks")
 
-    caught = catch_signals()
+    caught = catch_signals() if settings.max_steps > 0 else []
     stopped_by = 0  # the number of the signal
     saved = True
     for step in range(start_step, settings.max_steps + 1):
@@ -653,8 +653,10 @@ def train(settings, given, checkpoint):
         evaluate_now = settings.eval_interval and (step % settings.eval_interval == 0 or last_step) and not stopped_by
 
         # Once in a while: validation loss
-        if evaluate_now:
+        if evaluate_now:  # before the first step it is about ln(50304) = 10.8; there is no dropout, so no model.eval()
             val_loss = evaluate(model, val_loader, settings.val_tokens, device, autocast)
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(f"step {step}: validation loss {val_loss}")
             print0(f"validation loss: {val_loss:.4f}")
             write_log(log, f"{step} val {val_loss:.4f}")
 
@@ -688,7 +690,7 @@ def train(settings, given, checkpoint):
             x, y = train_loader.next_batch()  # (B, T) each
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()  # lets the GPU copy them while the CPU continues
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            x, y = x.to(device, non_blocking=x.is_pinned()), y.to(device, non_blocking=y.is_pinned())
             if ddp:
                 # Average the gradients over the ranks only once, in the last backward pass. DDP reads this flag in the
                 # forward pass, so it has to be set before that.
@@ -705,7 +707,7 @@ def train(settings, given, checkpoint):
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: measure
 
         # All ranks need the same loss, and have to stop together
-        stop = torch.tensor(caught[0] if caught else 0, device=device)
+        stop = torch.full((), caught[0] if caught else 0, device=device)
         if ddp:
             dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)
             loss_accum /= world_size
@@ -721,13 +723,13 @@ def train(settings, given, checkpoint):
             raise FloatingPointError(f"step {step}: loss {train_loss}, norm {norm}, stopped before the step")
 
         # Take the step
-        lr = get_lr(step, settings.max_steps, settings.warmup_steps, settings.max_lr, settings.min_lr)
+        lr = get_lr(step, settings.max_steps, settings.warmup_steps, settings.max_lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
 
-        # Log
+        # Log. On a GPU, the optimizer's work is still queued here, so it counts in the next step's time.
         dt = time.perf_counter() - t0
         left = timedelta(seconds=round(dt * (settings.max_steps - step - 1)))
         print0(
@@ -780,8 +782,6 @@ def make_settings(given, saved=None):
             saved |= TEXT_FILE_SETTINGS
     settings = Settings(**(saved | given))
     settings.data = os.path.abspath(settings.data)  # the run may be resumed from another folder
-    if settings.min_lr is None:
-        settings.min_lr = 0.1 * settings.max_lr
     for name, value in asdict(settings).items():
         least = GPT2_VOCAB_SIZE if name == "vocab_size" else int(name in AT_LEAST_1)
         if isinstance(value, (int, float)) and not least <= value <= 2**32:  # this catches nan, too
@@ -832,7 +832,8 @@ def save_checkpoint(step, model, optimizer, scaler, settings, data):
     paths = list_checkpoints(settings.log_dir)
     older = paths[: paths.index(path) + 1]  # any after it are damaged: the run was resumed from an earlier one
     for old in older[: -settings.keep_checkpoints]:  # [:-0] is empty, so 0 keeps all
-        old.unlink(missing_ok=True)
+        with suppress(OSError):
+            old.unlink()
     return True
 
 
@@ -876,7 +877,7 @@ def build_model(settings, given, checkpoint):
     for name, size in asdict(model.config).items():
         wanted = (MODELS.get(given.get("model"), {}) | given).get(name, size)
         if wanted != size and not (name == "block_size" and wanted < size):
-            raise UserError(f"the weights have {name} {size}, not {wanted}: leave out --{name}")
+            raise UserError(f"the weights have {name} {size}, not {wanted}: leave out --{name} or --model")
     if model.config.vocab_size < GPT2_VOCAB_SIZE:
         raise UserError(f"the vocabulary of {settings.init_from} is smaller than GPT-2's: use another model")
     settings.block_size = min(settings.block_size, model.config.block_size)
@@ -992,8 +993,8 @@ def catch_signals():
 
 def export(settings, given, checkpoint):
     """Write the model as a folder that transformers, lm-evaluation-harness and llama.cpp's converter can read."""
-    if checkpoint is None and settings.init_from == "scratch":
-        raise UserError("--export needs weights: name them with --init_from, or use --resume", status=2)
+    if not settings.export or (checkpoint is None and settings.init_from == "scratch"):
+        raise UserError("--export needs weights, from --init_from or --resume, and the name of a folder", status=2)
     model = build_model(settings, given, checkpoint)
     with reported_as(f"--export={settings.export} cannot be written, name a new folder"):
         os.makedirs(settings.export)

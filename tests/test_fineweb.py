@@ -1,7 +1,8 @@
-"""fineweb.py, with `datasets` really reading small files: the same bytes however it is run or interrupted."""
+"""fineweb.py, with `datasets` reading small files: the same bytes however it is run, interrupted and resumed."""
 
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -113,7 +114,7 @@ def start(hub, out, *flags, limit=None):
 
 
 @pytest.mark.parametrize("flags", [["--num_proc=2"], ["--num_proc=1", "--streaming"]])
-def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(hub, reference, tmp_path, flags):
+def test_killed_at_random_moments_it_resumes_to_the_same_bytes(hub, reference, tmp_path, flags):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng, kills, total = random.Random(seed), 0, len(list(reference.glob("*.npy")))
@@ -132,17 +133,38 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(hub, reference, t
     assert read_bytes(tmp_path) == read_bytes(reference)
 
 
-def test_interrupted_it_says_so_in_one_line(hub, reference, tmp_path):
-    process = start(hub, tmp_path, "--num_proc=2")
-    while not list(tmp_path.glob("*.npy")) and process.poll() is None:
+def wait_for_a_shard(process, folder):
+    while not list(folder.glob("*.npy")) and process.poll() is None:
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("seconds", [None, 0.02, 0.2])  # until the second Ctrl-C
+def test_interrupted_it_says_so_in_one_line(hub, reference, tmp_path, seconds):
+    process = start(hub, tmp_path, "--num_proc=2")
+    wait_for_a_shard(process, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate()
+    if seconds:
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "fineweb.py: interrupted: the same command goes on where it was"
+    assert err.splitlines()[-1] == "fineweb.py: interrupted: run the same command again to continue"
     assert "Traceback" not in err
     done = {name: content for name, content in read_bytes(tmp_path).items() if name.endswith(".npy")}
     assert done.items() <= read_bytes(reference).items()
+
+
+def test_a_killed_worker_ends_it_in_one_line(hub, tmp_path):
+    process = start(hub, tmp_path, "--num_proc=1", "--streaming")  # 27 blocks
+    wait_for_a_shard(process, tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    commands = {int(child): Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8") for child in children}
+    (worker,) = [child for child, command in commands.items() if "spawn_main" in command]
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].startswith("fineweb.py: a worker was killed (out of memory?): ")
+    assert "Traceback" not in err
 
 
 def test_no_disk_space_leaves_finished_shards(hub, reference, tmp_path):
@@ -195,7 +217,7 @@ def test_own_files(tmp_path, streaming):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--text_column=body"], "has no column body: choose --text_column among "),
+        (["--text_column=body"], r"cannot be loaded: .*'body'.* in the dataset: \['text', 'id'\]"),
         (["--name=sample-99BT"], "cannot be loaded: .*sample-99BT"),
         (["--split=test"], "cannot be loaded: .*test"),
         (["--dataset=nobody/nothing"], "nobody/nothing cannot be loaded"),
@@ -228,13 +250,13 @@ def test_other_settings_or_foreign_shards_are_not_mixed_in(hub, reference, tmp_p
             fineweb.main([f"--dataset={hub[0]}", f"--out={reference}", *flags])
     assert read_bytes(reference) == before
     np.save(tmp_path / "someone_train_000000.npy", np.zeros(5, dtype=np.uint16))
-    with pytest.raises(UserError, match="holds shards but no index.json"):
+    with pytest.raises(UserError, match=r"index\.json cannot be read \(name another --out\): .*No such file"):
         fineweb.main([f"--dataset={hub[0]}", f"--out={tmp_path}"])
 
 
 def test_verify_names_the_changed_shards(reference, tmp_path, capsys):
     fineweb.main([f"--out={reference}", "--verify"])
-    assert "shards are as they were written (complete)" in capsys.readouterr().out
+    assert "43 shards, 427,371 tokens, complete: True" in capsys.readouterr().out
     for path in reference.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     changed = tmp_path / "edufineweb_train_000003.npy"
@@ -244,7 +266,7 @@ def test_verify_names_the_changed_shards(reference, tmp_path, capsys):
     (tmp_path / "edufineweb_train_000005.npy").unlink()
     with pytest.raises(UserError, match=r"edufineweb_train_000003\.npy, edufineweb_train_000005\.npy"):
         fineweb.main([f"--out={tmp_path}", "--verify"])
-    with pytest.raises(UserError, match=r"no index\.json"):
+    with pytest.raises(UserError, match=r"index\.json cannot be read .*No such file"):
         fineweb.main([f"--out={tmp_path / 'nowhere'}", "--verify"])
 
 
@@ -253,13 +275,30 @@ def test_a_lost_shard_and_a_foreign_index_are_named(hub, reference, tmp_path):
     (tmp_path / "out" / "edufineweb_train_000005.npy").unlink()
     settings = json.loads((reference / "index.json").read_text(encoding="utf-8"))["settings"]
     flags = [f"--dataset={hub[0]}", f"--shard_size={settings['shard_size']}", f"--out={tmp_path / 'out'}"]
-    with pytest.raises(UserError, match=r"lacks edufineweb_train_000005\.npy: copy"):
+    with pytest.raises(UserError, match=r"missing or changed shards: edufineweb_train_000005\.npy: copy"):
         fineweb.main(flags)
     for content in ("[]", "{}", "5", "null"):
         (tmp_path / "out" / "index.json").write_text(content, encoding="utf-8")
         for flag in ([], ["--verify"]):
             with pytest.raises(UserError, match=r"index\.json cannot be read"):
                 fineweb.main([*flags, *flag])
+
+
+def test_changed_data_is_not_mixed_in(hub, tmp_path):
+    process = start(hub, tmp_path / "out", "--num_proc=1")
+    wait_for_a_shard(process, tmp_path / "out")
+    process.kill()
+    process.communicate()
+    index = json.loads((tmp_path / "out" / "index.json").read_text(encoding="utf-8"))
+    (tmp_path / "out" / "index.json").write_text(json.dumps({**index, "blocks": 4}), encoding="utf-8")
+    with pytest.raises(UserError, match="the data set has changed"):
+        fineweb.main([f"--dataset={hub[0]}", f"--shard_size={SIZE}", f"--out={tmp_path / 'out'}", "--num_proc=1"])
+
+
+def test_an_error_is_one_line_and_can_be_sent_between_processes():
+    error = pickle.loads(pickle.dumps(UserError("two\n  lines", status=2)))
+    assert (str(error), error.status) == ("two lines", 2)
+    assert UserError("").status == 1
 
 
 def test_documents_without_text_are_no_data(tmp_path):
@@ -276,8 +315,9 @@ def test_documents_without_text_are_no_data(tmp_path):
     "flags", [["--shard_size=0"], ["--num_proc=-1"], ["--shuffle=1", "--streaming"], ["--shards=5"], ["--max_tokens=x"]]
 )
 def test_wrong_flag_is_refused_in_one_line(flags):
-    with pytest.raises(fineweb.FlagError) as error:  # exit status 2
+    with pytest.raises(UserError) as error:
         fineweb.main(flags)
+    assert error.value.status == 2
     assert "\n" not in str(error.value)
 
 

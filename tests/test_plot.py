@@ -101,7 +101,7 @@ def test_one_run_in_two_panels():
     assert list(curves(hella).values()) == [([0, 2, 3], [0.2463, 0.2501, 0.248])]
     assert references(loss) == [(3.29, "GPT-2 124M (3.29)")]
     assert references(hella) == [(0.2955, "GPT-2 124M (0.2955)"), (0.337, "GPT-3 124M (0.337)")]
-    assert loss.get_xlabel() == hella.get_xlabel() == "updates"
+    assert loss.get_xlabel() == hella.get_xlabel() == "steps"
     for ax in (loss, hella):
         assert_all_is_in_view(ax)
 

@@ -226,7 +226,7 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
     assert files_in(tmp_path / "log") == before
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_text("another model's")
-    with pytest.raises(UserError, match="is not empty: name a new folder"):
+    with pytest.raises(UserError, match="--export=.* name a new folder"):
         train("--resume", f"--export={tmp_path / 'folder'}")
     with pytest.raises(UserError, match="--export needs") as error:
         train("--resume", "--export=")
@@ -508,8 +508,8 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--total_batch_size=1000"], "--total_batch_size must be a multiple of .* = 16: use 992"),
-        (["--total_batch_size=10"], "--total_batch_size must be a multiple of .* = 16: use 16"),
+        (["--total_batch_size=1000"], "--total_batch_size must be a multiple of 16 .*: use 992"),
+        (["--total_batch_size=10"], "--total_batch_size must be a multiple of 16 .*: use 16"),
         (["--micro_batch_size=3"], "--micro_batch_size=3 does not divide .*: use 2"),
         (["--micro_batch_size=100"], "--micro_batch_size=100 does not divide .*: use 8"),
         (["--micro_batch_size=0"], "--micro_batch_size=0"),
@@ -518,9 +518,9 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
         (["--n_head=3"], "n_embd 32 is not a multiple of n_head 3"),
         (["--model=gpt3"], "argument --model: invalid choice: 'gpt3'.*gpt2.*gpt2-medium"),
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--device=gpu"], "--device=gpu is not supported"),
-        (["--device=meta"], "--device=meta is not supported"),
-        (["--init_from=gpt5"], "gpt5 cannot be loaded .a folder of weights, or one of gpt2, "),
+        (["--device=gpu"], "--device=gpu is not available"),
+        (["--device=meta"], "--device=meta is not available"),
+        (["--init_from=gpt5"], "gpt5 cannot be loaded, it must be one of gpt2, "),
         (["--data=nowhere"], "--data=.*nowhere has no train shard: name a folder of shards or a text file"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
         (["--n_embd=1000000000", "--n_head=1"], "out of (GPU )?memory|too large"),
@@ -703,9 +703,9 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train_gpt2.pick_device("auto", 1, 4) == torch.device("cuda:1")
-    with pytest.raises(UserError, match="cuda:2 is not there, torch finds 2 GPUs: change --nproc_per_node"):
+    with pytest.raises(UserError, match="cuda:2 is not available, only cpu, cuda:0, cuda:1: change .*--nproc_per_node"):
         train_gpt2.pick_device("auto", 2, 4)
-    with pytest.raises(UserError, match="cuda:5 is not there"):
+    with pytest.raises(UserError, match="cuda:5 is not available"):
         train_gpt2.pick_device("cuda:5", 0, 1)
 
 
@@ -905,7 +905,7 @@ def test_float16_does_not_skip_steps_forever(train, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
-    with pytest.raises(UserError, match="step 17: loss .*, gradient norm inf"):
+    with pytest.raises(UserError, match="step 17: loss .* norm inf"):
         train("--dtype=float16", "--max_steps=30", "--eval_interval=0", "--checkpoint_interval=0")
 
 
