@@ -931,7 +931,7 @@ def open_log(settings, start_step, master_process):
     log_dir = Path(settings.log_dir)
     path = log_dir / "log.txt"
     with reported_as(f"--log_dir={log_dir} cannot be written"):
-        for unfinished in log_dir.glob("*.tmp"):  # left by a run that was killed
+        for unfinished in [*log_dir.glob("model_*.pt.tmp"), *log_dir.glob("log.txt.tmp")]:  # of a run that was killed
             unfinished.unlink()
         if start_step == 0:
             move_earlier_run(log_dir, settings.init_from)

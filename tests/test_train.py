@@ -926,3 +926,11 @@ def test_cuda_run_resumes_and_matches_the_cpu(train, tmp_path, flags):
     for a, b in zip(read_log(tmp_path / "cpu"), read_log(tmp_path / "cuda"), strict=True):
         assert a[:2] == b[:2]
         assert float(a[2]) == pytest.approx(float(b[2]), abs=0.05)
+
+
+def test_starting_a_run_removes_only_its_own_unfinished_files(train, tmp_path):
+    (tmp_path / "log").mkdir()
+    for name in ("notes.tmp", "model_00002.pt.tmp", "log.txt.tmp"):
+        (tmp_path / "log" / name).write_text("text", encoding="utf-8")
+    train("--max_steps=1", "--eval_interval=0")
+    assert names_in(tmp_path / "log") == ["log.txt", "model_00001.pt", "notes.tmp"]
