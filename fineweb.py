@@ -21,7 +21,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -133,7 +132,9 @@ def gpt2_encoding():
             return tiktoken.get_encoding("gpt2")
         tokens, merges = map(str, vocabulary_files())
         bpe = tiktoken.load.data_gym_to_mergeable_bpe_ranks(merges, tokens, VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=bpe, special_tokens={"<|endoftext|>": 50256})
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=bpe, special_tokens={"<|endoftext|>": END_OF_TEXT}
+    )
 
 
 def save_tokenizer(folder, max_length):
@@ -141,9 +142,10 @@ def save_tokenizer(folder, max_length):
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": max_length, "add_prefix_space": False}
     config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     encoder_json, vocab_bpe = vocabulary_files()
-    shutil.copyfile(encoder_json, Path(folder) / "vocab.json")
-    shutil.copyfile(vocab_bpe, Path(folder) / "merges.txt")
-    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    contents = {"vocab.json": encoder_json.read_bytes(), "merges.txt": vocab_bpe.read_bytes()}
+    contents["tokenizer_config.json"] = json.dumps(config).encode()
+    for name, content in contents.items():
+        replace_file(Path(folder) / name, lambda path, content=content: path.write_bytes(content))
 
 
 @functools.cache

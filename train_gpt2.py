@@ -43,12 +43,15 @@ from fineweb import UserError, gpt2_encoding, replace_file, reported_as
 HERE = Path(__file__).resolve().parent
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 learned merges of them, and <|endoftext|>
 
-MODELS = {  # with GPT-3's learning rates for these sizes (table 2.1)
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "max_lr": 6e-4},  # 124M parameters
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "max_lr": 3e-4},  # 355M
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "max_lr": 2.5e-4},  # 774M
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "max_lr": 2e-4},  # 1558M
+MODELS = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M parameters
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
 }
+# GPT-3's peak learning rates, for models with fewer parameters than this (table 2.1: 125M, 350M, 760M, 1.3B).
+GPT3_MAX_LR = {240e6: 6e-4, 550e6: 3e-4, 1000e6: 2.5e-4, math.inf: 2e-4}
+
 # ======================================================================================================================
 # Part I: the lesson
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,10 +217,8 @@ class GPT(nn.Module):
         from huggingface_hub import snapshot_download
         from safetensors.torch import load_file
 
-        expected = (
-            f"one of {', '.join(MODELS)}, or a folder with config.json and *.safetensors (pickled .bin is not read)"
-        )
-        with reported_as(f"{name_or_folder} cannot be loaded, it must be {expected}"):
+        expected = f"one of {', '.join(MODELS)}, or a folder with config.json and *.safetensors"
+        with reported_as(f"{name_or_folder} cannot be loaded, it must be {expected} (pickled .bin is not read)"):
             folder = Path(name_or_folder)
             if name_or_folder in MODELS:
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
@@ -226,11 +227,11 @@ class GPT(nn.Module):
             for name, value in HF_VALUES.items():
                 assert saved.get(name, value) == value, f"config.json has {name} {saved[name]}, not {value}"
             model = cls(GPTConfig(**{name: saved[hf_name] for name, hf_name in HF_NAMES.items()}))
-            state_dict = {}
+            names, state_dict = model.state_dict().keys(), {}
             for file in folder.glob("*.safetensors"):  # large models are split into several files
                 for name, tensor in load_file(file).items():
                     name = "transformer." + name.removeprefix("transformer.")  # OpenAI's files lack this prefix
-                    if name in model.state_dict():  # the files also hold causal masks
+                    if name in names:  # the files also hold causal masks
                         state_dict[name] = tensor.t() if name.endswith(HF_TRANSPOSED) else tensor
             state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
             model.load_state_dict(state_dict)
@@ -324,9 +325,7 @@ def open_tokens(path, split):
         elif path.suffix == ".bin":
             header = np.fromfile(path, dtype="<i4", count=256)
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-            assert header[:3].tolist() == [20240520, 1, len(tokens)], (
-                f"its header does not match its {len(tokens)} tokens"
-            )
+            assert header[:3].tolist() == [20240520, 1, len(tokens)], "its header does not match its size"
         else:
             tokens = fineweb.tokenize_file(path)
             num_train = len(tokens) * 9 // 10
@@ -450,10 +449,11 @@ def print_samples(model, settings, device, autocast):
 
 def get_ranks():
     """(rank, local_rank, world_size) from torchrun; (0, 0, 1) without it."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and "LOCAL_RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set but LOCAL_RANK is not: start with torchrun, or unset WORLD_SIZE")
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0")), world_size
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 0, 1
+    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        raise UserError("WORLD_SIZE is set, RANK and LOCAL_RANK are not: start with torchrun, or unset WORLD_SIZE")
+    return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def print0(text):
@@ -489,9 +489,8 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if device.type == "cuda":  # torch.cuda.is_bf16_supported() would also accept GPUs that emulate bfloat16
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16  # A100 and later
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bf16 = any("bf16" in name for name, present in capabilities.items() if present)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    bf16_units = [name for name, present in torch.cpu.get_capabilities().items() if present and "bf16" in name]
+    return torch.bfloat16 if device.type == "cpu" and bf16_units else torch.float32
 
 
 def keep_freed_memory():
@@ -538,7 +537,7 @@ class Settings:
     export: str = setting("", "write the weights of init_from or resume to this folder, for transformers")
     resume: bool = setting(False, "continue from the newest checkpoint in log_dir, with its settings")
     # Model
-    model: str = setting("gpt2", "gpt2, gpt2-medium, gpt2-large or gpt2-xl: sets the next three and max_lr")
+    model: str = setting("gpt2", "gpt2, gpt2-medium, gpt2-large or gpt2-xl: sets the next three")
     n_layer: int = setting(12, "number of blocks")
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "channels")
@@ -549,7 +548,7 @@ class Settings:
     micro_batch_size: int = setting(64, "sequences B per forward pass; the default is lowered if it does not fit")
     max_steps: int = setting(19073, "optimizer steps; 0 only evaluates and samples")
     warmup_steps: int = setting(715, "steps of linear warm-up")
-    max_lr: float = setting(6e-4, "peak learning rate (2e-4 to 6e-4 with --model)")
+    max_lr: float = setting(None, "peak learning rate [GPT-3's for the size: 6e-4 for gpt2]")
     min_lr: float = setting(None, "final learning rate [a tenth of max_lr]")
     weight_decay: float = setting(0.1, "weight decay of 2D parameters")
     grad_clip: float = setting(1.0, "maximum gradient norm; 0 does not clip")
@@ -768,8 +767,7 @@ def parse_flags(argv):
         default = "" if f.default in (None, "") else f" [{f.default}]"
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **options)
     given = vars(parser.parse_args(argv))
-    given["resume"] = given.get("resume") == "True"
-    return given
+    return given | {"resume": given.get("resume") == "True"}
 
 
 def make_settings(given, saved=None):
@@ -790,10 +788,7 @@ def make_settings(given, saved=None):
 
 
 def fit_micro_batch(settings, world_size, exact):
-    """The largest micro-batch size up to --micro_batch_size that divides a process's sequences per step.
-
-    Raises UserError if these are not a whole number or, with exact=True, if --micro_batch_size does not divide them.
-    """
+    """The largest micro-batch size up to --micro_batch_size that divides a process's sequences; exact: or UserError."""
     B, multiple = settings.micro_batch_size, settings.block_size * world_size
     sequences = max(1, settings.total_batch_size // multiple)
     if settings.total_batch_size != sequences * multiple:
@@ -830,8 +825,8 @@ def save_checkpoint(step, model, optimizer, scaler, settings, data):
         return False
     print0(f"checkpoint: {path}")
     paths = list_checkpoints(settings.log_dir)
-    older = paths[: paths.index(path) + 1]  # any after it are damaged: the run was resumed from an earlier one
-    for old in older[: -settings.keep_checkpoints]:  # [:-0] is empty, so 0 keeps all
+    # Any after this one are damaged: the run was resumed from an earlier one. [:-0] is empty, so 0 keeps all.
+    for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:
         with suppress(OSError):
             old.unlink()
     return True
@@ -880,7 +875,11 @@ def build_model(settings, given, checkpoint):
             raise UserError(f"the weights have {name} {size}, not {wanted}: leave out --{name} or --model")
     if model.config.vocab_size < GPT2_VOCAB_SIZE:
         raise UserError(f"the vocabulary of {settings.init_from} is smaller than GPT-2's: use another model")
+    # What depends on the weights and was not given
     settings.block_size = min(settings.block_size, model.config.block_size)
+    if settings.max_lr is None:
+        num_params = sum(p.numel() for p in model.parameters())
+        settings.max_lr = next(lr for limit, lr in GPT3_MAX_LR.items() if num_params < limit)
     return model
 
 
@@ -888,13 +887,14 @@ def restore(checkpoint, optimizer, scaler, settings, data):
     """Restore all but the weights. Returns the number of steps done. Raises UserError if it does not fit this run."""
     with reported_as("the checkpoint cannot be resumed"):
         check_same(data, checkpoint["data"], "in the checkpoint")
-        step = checkpoint["step"]
-        if step > settings.max_steps:
-            raise UserError(f"the checkpoint has {step} steps, more than --max_steps={settings.max_steps}")
+        if checkpoint["step"] > settings.max_steps:
+            raise UserError(
+                f"the checkpoint has {checkpoint['step']} steps, more than --max_steps={settings.max_steps}"
+            )
         params = [p for group in optimizer.param_groups for p in group["params"]]
         expected = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(params)}
         state = checkpoint["optimizer"]["state"]
-        shapes = {i: {name: t.contiguous().shape for name, t in tensors.items()} for i, tensors in state.items()}
+        shapes = {i: {name: t.shape for name, t in tensors.items()} for i, tensors in state.items()}
         if shapes != expected or not all(t.is_contiguous() for tensors in state.values() for t in tensors.values()):
             raise ValueError("the optimizer's tensors have wrong shapes")  # AdamW would write past their ends
         # The moments are the checkpoint's. Weight decay and the like are the settings', where a flag can change them.
@@ -902,7 +902,7 @@ def restore(checkpoint, optimizer, scaler, settings, data):
         if checkpoint["scaler"]:  # it is empty unless the run was in float16
             scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
-        return step
+        return checkpoint["step"]
 
 
 def check_same(values, expected, place):
@@ -1015,11 +1015,11 @@ def main(argv=None):
         if checkpoint:
             settings = make_settings(given, checkpoint["settings"] | {"log_dir": settings.log_dir})
         if "export" in given:
-            export(settings, given, checkpoint)
-            return
+            return export(settings, given, checkpoint) if rank == 0 else None
         if settings.prompt == "-" and rank == 0:
-            settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
-        if settings.data == str(HERE / "input.txt") and "data" not in given:
+            with reported_as("--prompt=- cannot read standard input"):
+                settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
+        if settings.data == str(HERE / "input.txt") and "data" not in given and not checkpoint:
             print0("no edu_fineweb10B/ (python fineweb.py makes it): training on input.txt, with settings for it")
         try:
             train(settings, given, checkpoint)
@@ -1030,7 +1030,8 @@ def main(argv=None):
             if not re.search("out of memory|can't allocate memory", str(error)):
                 raise
             B = fit_micro_batch(settings, world_size, exact=False)
-            remedy = f"--micro_batch_size={B // 2}" if B > 1 else "a smaller --block_size or --model"
+            smaller = max((n for n in range(1, B) if B % n == 0), default=0)
+            remedy = f"--micro_batch_size={smaller}" if smaller else "a smaller --block_size or --model"
             raise UserError(f"out of memory: use {remedy}") from error
 
 

@@ -934,3 +934,37 @@ def test_starting_a_run_removes_only_its_own_unfinished_files(train, tmp_path):
         (tmp_path / "log" / name).write_text("text", encoding="utf-8")
     train("--max_steps=1", "--eval_interval=0")
     assert names_in(tmp_path / "log") == ["log.txt", "model_00001.pt", "notes.tmp"]
+
+
+def test_the_learning_rate_follows_the_size_of_the_weights(tmp_path, shards, monkeypatch, capsys):
+    """Also with --init_from, where no flag says the size. A smaller limit stands in for larger weights."""
+    GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8)).save_pretrained(tmp_path / "weights")
+    flags = [flag for flag in TINY if not flag.startswith(("--n_", "--max_lr", "--warmup"))]
+    flags += [f"--data={shards}", f"--init_from={tmp_path / 'weights'}", "--warmup_steps=0", "--eval_interval=0"]
+    for limits, expected in (({1e9: 6e-4}, 6e-4), ({1e3: 6e-4, math.inf: 2e-4}, 2e-4)):
+        monkeypatch.setattr(train_gpt2, "GPT3_MAX_LR", limits)
+        train_gpt2.main([*flags, f"--log_dir={tmp_path / str(expected)}", "--max_steps=1"])
+        assert f"| lr {expected:.4e} |" in capsys.readouterr().out
+
+
+def test_a_rank_without_a_world_is_ignored(train, tmp_path, monkeypatch):
+    """Some batch systems set RANK: the one process there is still saves and logs."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "checkpoint: " in train("--max_steps=1", "--eval_interval=0")
+    assert names_in(tmp_path / "log") == ["log.txt", "model_00001.pt"]
+
+
+def test_a_closed_standard_input_is_reported(train, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="--prompt=- cannot read standard input"):
+        train("--prompt=-")
+
+
+def test_out_of_memory_names_a_size_that_divides(train, monkeypatch):
+    def forward(self, idx, targets=None):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    with pytest.raises(UserError, match="use --micro_batch_size=3$"):
+        train("--total_batch_size=144", "--micro_batch_size=9")
