@@ -1,5 +1,6 @@
 """fineweb.py, with `datasets` reading small files: the same bytes however it is run, interrupted and resumed."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -9,13 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import ROOT, TINY, write_bin
+from conftest import ROOT, TINY, run_script, write_bin
 from pyarrow import parquet
 
 import fineweb
@@ -329,3 +332,112 @@ def test_prepared_folder_trains_and_so_do_llm_c_shards(reference, tmp_path):
         write_bin(tmp_path / "bin" / f"{path.stem}.bin", np.load(path))
     train_gpt2.main([*flags, f"--data={tmp_path / 'bin'}", f"--log_dir={tmp_path / 'log'}"])
     assert Path(tmp_path / "npy" / "log.txt").read_bytes() == Path(tmp_path / "log" / "log.txt").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards from the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hugging Face hub that serves the files of a data set, from the folder `root`."""
+
+    def do_HEAD(self):
+        prefix = f"/datasets/{fineweb.PRETOKENIZED}/resolve/main/"
+        path = self.server.root / self.path.removeprefix(prefix)
+        if not (self.path.startswith(prefix) and path.is_file()):
+            self.send_error(404)
+            return None
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        return content
+
+    def do_GET(self):
+        content = self.do_HEAD()
+        if content is not None:
+            self.server.served.append(Path(self.path).name)
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def shard_hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.root, server.served = tmp_path / "hub", []
+    server.root.mkdir()
+    for i in range(4):
+        name = f"finewebedu_{'train' if i else 'val'}_{i:06d}.bin"
+        write_bin(server.root / name, np.random.default_rng(i).integers(0, 50257, 1000 + i))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fetch(hub, out, count, port=None):
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port or hub.server_port}", "HF_HUB_OFFLINE": "0"}
+    return run_script(f"--pretokenized={count}", f"--out={out}", script="fineweb.py", env=environment)
+
+
+def test_pretokenized_shards_are_fetched_once_and_train(shard_hub, tmp_path):
+    out = tmp_path / "shards"
+    run = fetch(shard_hub, out, 2)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith(f"{out}: the validation shard and 2 training shards\n")
+    first = ["finewebedu_train_000001.bin", "finewebedu_train_000002.bin", "finewebedu_val_000000.bin"]
+    assert sorted(path.name for path in out.glob("*.bin")) == sorted(shard_hub.served) == first
+    assert fetch(shard_hub, out, 3).returncode == 0
+    assert shard_hub.served[3:] == ["finewebedu_train_000003.bin"]
+    for name in shard_hub.served:
+        assert (out / name).read_bytes() == (shard_hub.root / name).read_bytes()
+    loader = train_gpt2.DataLoaderLite(2, 8, 0, 1, "train", out)
+    assert loader.lengths == [1001, 1002, 1003]
+    assert train_gpt2.DataLoaderLite(2, 8, 0, 1, "val", out).lengths == [1000]
+
+
+@pytest.mark.parametrize("damage", ["short", "token", "magic"])
+def test_a_damaged_pretokenized_shard_does_not_count(shard_hub, tmp_path, damage):
+    name, out = "finewebedu_train_000001.bin", tmp_path / "shards"
+    good = (shard_hub.root / name).read_bytes()
+    bad = {"short": good[:-2], "token": good[:-2] + b"\xff\xff", "magic": b"\0" + good[1:]}
+    (shard_hub.root / name).write_bytes(bad[damage])
+    run = fetch(shard_hub, out, 1)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(f"fineweb.py: {name} could not be downloaded")
+    assert "Traceback" not in run.stderr
+    assert sorted(path.name for path in out.glob("*.bin")) == ["finewebedu_val_000000.bin"]
+    (shard_hub.root / name).write_bytes(good)
+    assert fetch(shard_hub, out, 1).returncode == 0
+    assert (out / name).read_bytes() == good
+    assert shard_hub.served.count("finewebedu_val_000000.bin") == 1
+
+
+def test_pretokenized_shards_that_cannot_be_had_end_in_one_line(shard_hub, tmp_path):
+    for count, port, reason in [(4, None, "000004.bin"), (1, 9, "val_000000.bin")]:  # a closed port
+        run = fetch(shard_hub, tmp_path / str(count), count, port)
+        assert run.returncode == 1
+        assert run.stderr.splitlines()[-1].startswith(
+            f"fineweb.py: finewebedu_{'train_' if count == 4 else ''}{reason}"
+        )
+        assert "Traceback" not in run.stderr
+
+
+def test_kinds_of_shards_are_not_mixed(shard_hub, tmp_path):
+    (tmp_path / "edufineweb_val_000000.npy").touch()
+    run = fetch(shard_hub, tmp_path, 1)
+    assert run.returncode == 1
+    assert "name another --out" in run.stderr
+    write_bin(tmp_path / "bin_val_000000.bin", [1, 2])
+    (tmp_path / "edufineweb_val_000000.npy").unlink()
+    with pytest.raises(UserError, match="name another --out"):
+        fineweb.main([f"--out={tmp_path}", f"--dataset={ROOT / 'input.txt'}"])
+    for flags in (["--pretokenized=0"], ["--max_tokens=0"], ["--pretokenized=-1"]):
+        with pytest.raises(UserError, match="must be at least 1"):
+            fineweb.main(flags)
