@@ -230,7 +230,9 @@ def build_contender(switches, device):
     if switches["whole_loss"]:
         GPT.forward = whole_loss
     model = GPT(GPTConfig(vocab_size=switches["vocab_size"])).to(device)
-    optimizer = model.configure_optimizers(0.1, 6e-4, device.type if switches["fused"] else "none")
+    optimizer = model.configure_optimizers(0.1, 6e-4)
+    for group in optimizer.param_groups:
+        group["fused"] = switches["fused"]
     return model, optimizer, make_autocast(device, getattr(torch, switches["dtype"]))
 
 
@@ -352,7 +354,7 @@ def benchmark_losses(options):
         groups += [{"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
         if name == "ours":
-            optimizer = model.configure_optimizers(0.1, 3e-4, device.type)
+            optimizer = model.configure_optimizers(0.1, 3e-4)
         loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
         losses[name] = []
         for _ in range(options.steps):
@@ -391,7 +393,7 @@ def benchmark_loop(options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50304)).to(device)
     params = list(model.parameters())
-    optimizer = model.configure_optimizers(0.1, 6e-4, device.type)
+    optimizer = model.configure_optimizers(0.1, 6e-4)
     trained = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
     autocast = make_autocast(device, pick_dtype("auto", device))
     scaler = torch.amp.GradScaler(device.type, enabled=False)

@@ -249,7 +249,7 @@ def test_a_killed_rank_brings_the_group_back(launch, tmp_path, undisturbed, rng)
     os.kill(ranks[rng.choice("01")], signal.SIGKILL)
     status, out, errors = finish(process)
     assert status == 0, errors
-    assert out.count("resume: ") == 1
+    assert out.count("loading ") == 1
     assert_unharmed(tmp_path / "log", whole)
 
 
@@ -276,8 +276,8 @@ def test_a_signal_while_it_trains(launch, tmp_path, undisturbed, rng):
         strike(process, rng, number)
         status, out, errors = finish(process)
         assert status == 128 + number
-        assert len(errors.strip().splitlines()) == 1
-        assert "stopping after this step, with a checkpoint" in errors
+        assert errors == ""
+        assert "Ctrl-C: finish the step, save a checkpoint and exit" in out
         steps = last_step(folders[number]) + 1
         assert out.endswith(f"{number.name}: stopped after {steps} steps, --resume continues\n")
         assert newest(folders[number]) == steps
@@ -370,7 +370,7 @@ def test_a_full_disk(launch, tmp_path, undisturbed):
     assert out.count(" could not be written (") == STEPS // SAVES - 2
     assert names_in(folder) == ["log.txt", "model_00020.pt", "model_00040.pt"]
     assert (folder / "log.txt").read_bytes() == (undisturbed() / "log.txt").read_bytes()
-    assert f"resume: {folder / 'model_00040.pt'}" in assert_resumes(launch, folder, undisturbed())
+    assert f"loading {folder / 'model_00040.pt'}" in assert_resumes(launch, folder, undisturbed())
 
 
 def flip_bit(path, rng):
@@ -394,7 +394,7 @@ def test_truncated_and_flipped_checkpoints(launch, tmp_path, undisturbed, rng):
     out = assert_resumes(launch, folder, undisturbed())
     for path in (cut, flipped):
         assert out.count(f"warning: {path}") == 1
-    assert f"resume: {good}\n" in out
+    assert f"loading {good}\n" in out
 
 
 def test_a_log_cut_in_the_middle_of_a_line(launch, tmp_path, undisturbed, rng):
@@ -531,7 +531,7 @@ def test_a_node_that_dies_and_comes_back(launch, tmp_path, undisturbed, rng):
     with ThreadPoolExecutor() as pool:  # both have to be read, whichever prints
         results = list(pool.map(finish, (first, second)))
     assert [status for status, _, _ in results] == [0, 0], results
-    assert "resume: " in results[0][1] + results[1][1]
+    assert "loading " in results[0][1] + results[1][1]
     assert_unharmed(tmp_path / "log", whole)
 
 

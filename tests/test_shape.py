@@ -13,16 +13,16 @@ SECTIONS = [
     *("command line", "checkpoints", "log", "signals"),
 ]
 LESSON = {
-    *("HERE", "GPT2_VOCAB_SIZE", "GPT3_MAX_LR", "MODELS", "HF_NAMES", "HF_VALUES", "HF_TRANSPOSED"),
+    *("HERE", "GPT2_VOCAB_SIZE", "MODELS", "HF_NAMES", "HF_VALUES", "HF_TRANSPOSED"),
     *("GPTConfig", "CausalSelfAttention", "MLP", "Block", "GPT", "get_lr", "open_tokens", "DataLoaderLite"),
     *("evaluate", "load_hellaswag", "print_samples", "get_ranks", "print0", "pick_device"),
     *("pick_dtype", "keep_freed_memory", "can_compile", "setting", "Settings", "TEXT_FILE_SETTINGS", "train"),
 }
 HOUSEKEEPING = {
-    *("CHOICES", "AT_LEAST_1", "parse_flags", "make_settings", "fit_micro_batch"),
+    *("parse_flags", "make_settings", "fit_micro_batch"),
     *("list_checkpoints", "save_checkpoint", "load_checkpoint", "newest_checkpoint", "build_model", "restore"),
-    *("check_same", "check_ranks_agree", "open_log", "move_earlier_run", "write_log"),
-    *("catch_signals", "export", "main"),
+    *("check_same", "check_ranks_agree", "open_log", "report"),
+    *("catch_signals", "main"),
 }
 
 SOURCE = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
@@ -69,8 +69,7 @@ def test_code_lines_are_counted():
 
 @pytest.mark.parametrize(
     ("name", "lines", "code"),
-    # train_gpt2.py is to reach 965 lines and 655 of code. Until then it must not grow.
-    [("train_gpt2.py", 1040, 684), ("fineweb.py", 360, 255), ("hellaswag.py", 140, 90)],
+    [("train_gpt2.py", 965, 655), ("fineweb.py", 360, 255), ("hellaswag.py", 140, 90)],
 )
 def test_a_file_is_within_its_budget(name, lines, code):
     source = (ROOT / name).read_text(encoding="utf-8")
