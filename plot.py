@@ -1,14 +1,14 @@
 """
-Draws the log of train_gpt2.py as a picture: the loss and, if it was measured, the accuracy on HellaSwag.
+Draw the log of train_gpt2.py as a picture: the loss and, if it was measured, the accuracy on HellaSwag.
 
     python plot.py                              # log/log.txt, drawn in log/log.png
     python plot.py runs/a runs/b --out=ab.png   # several runs in one picture: their folders, or their log files
     python plot.py --tokens_per_step=524288     # over the tokens trained on, instead of the steps
     python plot.py --help                       # every setting
 
-A run that is still training can be drawn too. Needs matplotlib, which training does not: pip install matplotlib
-
-Importing this file runs nothing, and does not import matplotlib.
+A run with HellaSwag's accuracy is taken for one of the recipe on FineWeb-Edu: beside it, the picture shows published
+runs of the same recipe (--no_reference leaves them out), and a line of text says how its last validation loss compares.
+A run that is still training can be drawn, too. Needs matplotlib, which training does not: pip install matplotlib
 """
 
 import os
@@ -19,10 +19,25 @@ from fineweb import Parser, UserError, replace_file, run_main
 
 HERE = Path(__file__).resolve().parent
 
-# What the curves are to be compared with. The loss is that of OpenAI's weights on the validation shard of FineWeb-Edu
-# (from the lecture); GPT-2's accuracy is that of hellaswag.py; GPT-3's is from Brown et al. 2020, table H.1.
+# OpenAI's weights and GPT-3: the loss on the validation shard of FineWeb-Edu is from the lecture, GPT-2's accuracy from
+# hellaswag.py, GPT-3's from Brown et al. 2020, table H.1.
 GPT2_LOSS = 3.29
 HELLASWAG = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
+# Published runs of this recipe, {steps: (lowest, highest validation loss, HellaSwag accuracy)}. The losses are from
+# garg-aayush/building-from-scratch, allenporter/nano-gpt (up to four starts) and, at the end, hitkumar/llms. The
+# accuracy is garg-aayush's.
+PUBLISHED = {
+    250: (6.099, 6.167, 0.2437),
+    500: (5.283, 5.315, 0.2348),
+    750: (4.653, 4.663, 0.2441),
+    1000: (4.168, 4.203, 0.2560),
+    2500: (3.547, 3.577, 0.2634),
+    5000: (3.326, 3.352, 0.2756),
+    10000: (3.172, 3.185, 0.2906),
+    15000: (3.088, 3.101, 0.3035),
+    19072: (3.054, 3.083, 0.3066),
+}
+RECIPE_TOKENS_PER_STEP = 524288
 
 
 def read_log(path):
@@ -74,6 +89,20 @@ def summarize(name, values):
     return line
 
 
+def compare(values):
+    """One line on where the last validation loss is relative to published runs, or None if none was measured there."""
+    step = max(values["val"], default=0)
+    # Published runs are evaluated before the last step, ours are after it.
+    bands = [(low, high) for published, (low, high, _) in PUBLISHED.items() if step in (published, published + 1)]
+    if not bands:
+        return None
+    loss, ((low, high),) = values["val"][step], bands
+    place = "within"
+    if not low <= loss <= high:
+        place = f"{loss - high:.4f} above" if loss > high else f"{low - loss:.4f} below"
+    return f"validation loss {loss:.4f} after {step} steps: {place} the published runs' {low} to {high}"
+
+
 def loss_limits(runs, last, reference):
     """The y axis of the losses, (bottom, top).
 
@@ -90,7 +119,13 @@ def loss_limits(runs, last, reference):
     return bottom - margin, top + margin
 
 
-def draw(runs, tokens_per_step=None):
+def is_recipe(runs, tokens_per_step):
+    """Whether published runs can be compared: with HellaSwag, a run is on FineWeb-Edu; another batch has other steps."""
+    with_hella = any(values["hella"] for values in runs.values())
+    return with_hella and tokens_per_step in (None, RECIPE_TOKENS_PER_STEP)
+
+
+def draw(runs, tokens_per_step=None, with_reference=True):
     """A picture of runs, {name: what read_log gives}, as a matplotlib Figure: the loss and, if any run has measured it,
     HellaSwag's accuracy beside it. Raises UserError without matplotlib."""
     try:
@@ -124,6 +159,13 @@ def draw(runs, tokens_per_step=None):
         curve(axes[0], values["train"], color=f"C{i}", linewidth=0.9, alpha=0.35, label=f"training{of_run}")
         curve(axes[0], values["val"], color=f"C{i}", linewidth=1.8, zorder=3, label=f"validation{of_run}")
         curve(axes[-1], values["hella"], color=f"C{i}", linewidth=1.8, zorder=3, label=name)
+    if with_reference and is_recipe(runs, tokens_per_step):
+        steps = [step for step in PUBLISHED if step <= last]
+        for column, ax in enumerate((axes[0], axes[0], axes[1])):  # two dots per step for the loss, one for HellaSwag
+            dots = [PUBLISHED[step][column] for step in steps]
+            label = "published runs" if column != 1 and steps else "_"  # not in the legend
+            style = {"color": "0.55", "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 2}
+            ax.plot([step * scale for step in steps], dots, label=label, **style)
 
     for ax, title, corner in zip(axes, ("Loss", "HellaSwag accuracy"), ("upper right", "lower right"), strict=False):
         ax.set_title(title)
@@ -133,13 +175,14 @@ def draw(runs, tokens_per_step=None):
         ax.xaxis.set_major_formatter("{x:,.10g}")
         ax.grid(color="0.92")
         ax.spines[["top", "right"]].set_visible(False)
-        if (curves := ax.get_lines()) and (len(runs) > 1 or title == "Loss"):
+        curves = [line for line in ax.get_lines() if line.get_label() != "_"]
+        if curves and (len(runs) > 1 or len(curves) > 1 or title == "Loss"):
             legend = ax.legend(curves, [line.get_label() for line in curves], loc=corner)
             for line in legend.get_lines():
                 line.set_linewidth(1.8)
 
-    axes[0].set_ylim(loss_limits(runs, last, [GPT2_LOSS] if with_hella else []))
-    if with_hella:  # a run on FineWeb-Edu, then: on any other text, GPT-2's loss is another
+    axes[0].set_ylim(loss_limits(runs, last, [GPT2_LOSS] if with_hella and with_reference else []))
+    if with_hella and with_reference:  # a run on FineWeb-Edu, then: on any other text, GPT-2's loss is another
         reference(axes[0], GPT2_LOSS, "GPT-2 124M", x=0.99, ha="right")  # above the curve's end
         for name, accuracy in HELLASWAG.items():
             reference(axes[1], accuracy, name, x=0.01, ha="left")
@@ -153,6 +196,7 @@ def parse_flags(argv):
     add("logs", nargs="*", default=[str(HERE / "log")], help="log files, or folders that have a log.txt [log]")
     add("--out", metavar="FILE", help="the picture, a PNG file [beside the first log, of the same name]")
     add("--tokens_per_step", type=int, metavar="N", help="tokens per step: draws over tokens [over steps]")
+    add("--no_reference", action="store_true", help="draw the runs alone, without published ones, GPT-2 and GPT-3")
     options = parser.parse_args(argv)
     if options.out and not options.out.lower().endswith(".png"):
         parser.error("--out takes the name of a PNG file, such as log.png")
@@ -166,7 +210,7 @@ def main(argv=None):
     paths = [Path(os.path.abspath(log)) for log in options.logs]
     paths = [path / "log.txt" if os.path.isdir(path) else path for path in paths]
     runs = {name: read_log(path) for name, path in zip(name_runs(paths), paths, strict=True)}
-    figure = draw(runs, options.tokens_per_step)
+    figure = draw(runs, options.tokens_per_step, not options.no_reference)
     out = Path(options.out) if options.out else paths[0].with_suffix(".png")
     if out.resolve() in [path.resolve() for path in paths]:
         raise UserError(f"{out} is the log itself: name another --out")
@@ -176,6 +220,9 @@ def main(argv=None):
         raise UserError(f"{out} cannot be written ({error.strerror}): name another with --out") from error
     for name, values in runs.items():
         print(summarize(name, values))
+        comparison = compare(values) if is_recipe({name: values}, options.tokens_per_step) else None
+        if comparison and not options.no_reference:
+            print(f"{name}: {comparison}")
     print(f"picture: {out}")
 
 

@@ -51,32 +51,58 @@ def test_ranks_together_read_the_stream_once_and_in_order(sizes, B, T, ranks, mi
 
 
 @settings(deadline=None, max_examples=100)
-@given(sizes=shard_sizes, B=few, T=few, rank=st.integers(0, 2), steps=st.integers(0, 20))
-def test_setting_the_position_equals_stepping_there(sizes, B, T, rank, steps):
+@given(sizes=shard_sizes, B=few, T=few, rank=st.integers(0, 2), steps=st.integers(0, 20), shuffle=st.booleans())
+def test_setting_the_position_equals_stepping_there(sizes, B, T, rank, steps, shuffle):
     with tempfile.TemporaryDirectory() as folder:
         make_stream(folder, sizes, as_bin=False)
-        stepped = DataLoaderLite(B, T, rank, 3, "train", folder)
+        stepped = DataLoaderLite(B, T, rank, 3, "train", folder, shuffle)
         for _ in range(steps):
             stepped.next_batch()
-        jumped = DataLoaderLite(B, T, rank, 3, "train", folder)
+        jumped = DataLoaderLite(B, T, rank, 3, "train", folder, shuffle)
         jumped.micro_step = steps
         for a, b in zip(stepped.next_batch(), jumped.next_batch(), strict=True):
             assert torch.equal(a, b)
 
 
 @settings(deadline=None, max_examples=50)
-@given(sizes=shard_sizes, step=st.integers(0, 30))
-def test_another_micro_batch_and_number_of_ranks_read_the_same_step(sizes, step):
+@given(sizes=shard_sizes, step=st.integers(0, 30), shuffle=st.booleans())
+def test_another_micro_batch_and_number_of_ranks_read_the_same_step(sizes, step, shuffle):
     with tempfile.TemporaryDirectory() as folder:
         make_stream(folder, sizes, as_bin=False)
         reads = []
         for B, ranks in [(12, 1), (4, 3), (1, 2), (2, 6), (3, 1)]:  # a step is 12 sequences
             micro_steps = 12 // (B * ranks)
-            loaders = [DataLoaderLite(B, 4, rank, ranks, "train", folder) for rank in range(ranks)]
+            loaders = [DataLoaderLite(B, 4, rank, ranks, "train", folder, shuffle) for rank in range(ranks)]
             for loader in loaders:
                 loader.micro_step = step * micro_steps
             reads.append(torch.cat([loader.next_batch()[0] for _ in range(micro_steps) for loader in loaders]))
         assert all(torch.equal(read, reads[0]) for read in reads)
+
+
+@settings(deadline=None, max_examples=150)
+@given(sizes=shard_sizes, B=few, T=few, ranks=few, seed=st.integers(0, 3))
+def test_a_shuffled_epoch_has_every_whole_window_once(sizes, B, T, ranks, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        total = make_stream(folder, sizes, as_bin=False)
+        loaders = [DataLoaderLite(B, T, rank, ranks, "train", folder, True, seed) for rank in range(ranks)]
+        num_windows, xs, ys = max(1, (total - 1) // T), [], []
+        while sum(map(len, xs)) < 3 * num_windows:
+            for loader in loaders:
+                x, y = loader.next_batch()
+                assert x.shape == y.shape == (B, T)
+                xs.append(x)
+                ys.append(y)
+        x, y = torch.cat(xs), torch.cat(ys)
+        assert torch.equal(y, (x + 1) % total)  # of consecutive numbers, y has the next ones
+        assert torch.equal(x, (x[:, :1] + torch.arange(T)) % total)
+        epochs = x[: 3 * num_windows, 0].view(3, num_windows)
+        for epoch in epochs:
+            assert sorted(epoch.tolist()) == [i * T for i in range(num_windows)]
+        if num_windows > 20:  # then two equal orders are less likely than 1 in 20!
+            plain = torch.arange(num_windows) * T
+            assert not any(torch.equal(a, b) for a, b in [(epochs[0], plain), (epochs[0], epochs[1])])
+            other = DataLoaderLite(num_windows, T, 0, 1, "train", folder, True, seed + 1).next_batch()[0][:, 0]
+            assert not torch.equal(epochs[0], other)
 
 
 def test_text_file_is_split_nine_to_one(tmp_path):

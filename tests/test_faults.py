@@ -277,7 +277,6 @@ def test_a_signal_while_it_trains(launch, tmp_path, undisturbed, rng):
         status, out, errors = finish(process)
         assert status == 128 + number
         assert errors == ""
-        assert "Ctrl-C: finish the step, save a checkpoint and exit" in out
         steps = last_step(folders[number]) + 1
         assert out.endswith(f"{number.name}: stopped after {steps} steps, --resume continues\n")
         assert newest(folders[number]) == steps
@@ -430,7 +429,8 @@ def test_two_runs_on_one_folder(launch, tmp_path, undisturbed, rng):
     strike(first, rng, signal.SIGSTOP)  # it stops, so that it is still there when the others end
     for process in [launch(), launch("--resume")]:
         status, out, errors = finish(process)
-        assert (status, out) == (1, "")
+        assert status == 1
+        assert not re.search("^(validation loss|step|checkpoint)", out, re.MULTILINE)
         assert len(errors.splitlines()) == 1
         assert errors.startswith(f"train_gpt2.py: --log_dir={tmp_path / 'log'} ")
         assert "another run writes to it" in errors

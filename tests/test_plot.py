@@ -186,6 +186,79 @@ def test_one_value_is_a_picture_too(tmp_path, text):
     assert line.get_marker() == "o"
 
 
+def recipe_run(last, loss):
+    """A run of the recipe that was evaluated every 250 steps, and ended with this loss."""
+    steps = [*range(0, last, 250), last]
+    values = {"train": {}, "val": dict.fromkeys(steps, 5.0), "hella": dict.fromkeys(steps, 0.25)}
+    values["val"][last] = loss
+    return values
+
+
+def dots(ax):
+    lines = [line for line in ax.get_lines() if line.get_linestyle() == "None"]
+    return sorted((x, y) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_published_runs_are_grey_dots_beside_a_run_of_the_recipe():
+    figure = plot.draw({"log": recipe_run(600, 5.2)})
+    assert dots(figure.axes[0]) == [(250, 6.099), (250, 6.167), (500, 5.283), (500, 5.315)]
+    assert dots(figure.axes[1]) == [(250, 0.2437), (500, 0.2348)]
+    assert "published runs" in legend(figure.axes[0]) and "published runs" in legend(figure.axes[1])
+    figure = plot.draw({"log": recipe_run(19073, 3.07)}, tokens_per_step=524288)
+    assert len(dots(figure.axes[0])) == 18 and len(dots(figure.axes[1])) == 9
+    assert dots(figure.axes[0])[-1] == pytest.approx((19072 * 524288 / 1e9, 3.083))
+    short = {step: 5.0 for step in (0, 100)}
+    for runs, tokens, with_reference in [
+        ({"log": recipe_run(600, 5.2)}, None, False),
+        ({"log": recipe_run(600, 5.2)}, 1024, True),  # another batch
+        ({"log": {**recipe_run(600, 5.2), "hella": {}}}, None, True),  # other data
+        ({"log": {"train": {}, "val": short, "hella": short}}, None, True),  # none that early
+    ]:
+        for ax in plot.draw(runs, tokens, with_reference).axes:
+            assert dots(ax) == []
+            assert "published runs" not in legend(ax)
+            assert with_reference or references(ax) == []
+
+
+@pytest.mark.parametrize(
+    ("last", "loss", "verdict"),
+    [
+        (250, 6.12, "after 250 steps: within the published runs' 6.099 to 6.167"),
+        (500, 5.2, "after 500 steps: 0.0830 below the published runs' 5.283 to 5.315"),
+        (1000, 4.5, "after 1000 steps: 0.2970 above the published runs' 4.168 to 4.203"),
+        (19073, 3.06, "after 19073 steps: within the published runs' 3.054 to 3.083"),
+        (19072, 3.26, "after 19072 steps: 0.1770 above the published runs' 3.054 to 3.083"),
+        (60, 6.5, None),
+        (400, 5.6, None),
+        (3000, 3.5, None),
+    ],
+)
+def test_says_where_the_last_validation_loss_is(tmp_path, capsys, last, loss, verdict):
+    text = "".join(f"{step} val {value:.4f}\n" for step, value in recipe_run(last, loss)["val"].items())
+    log = str(write_log(tmp_path, text + f"{last} hella 0.2500\n"))
+    plot.main([log])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "published" in line]
+    assert lines == ([f"{tmp_path.name}: validation loss {loss:.4f} {verdict}"] if verdict else [])
+    for flags in (["--no_reference"], ["--tokens_per_step=1024"]):
+        plot.main([log, *flags])
+        assert "published" not in capsys.readouterr().out
+    write_log(tmp_path, text)  # another text: it has no HellaSwag
+    plot.main([log])
+    assert "published" not in capsys.readouterr().out
+
+
+def test_the_reference_is_the_readmes():
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    (steps,) = [[int(step) for step in row[1:]] for row in rows if row[0] == "steps"]
+    losses = [[float(loss) for loss in row[1:]] for row in rows if row[0].startswith("validation loss, ")]
+    (accuracies,) = [[float(value) for value in row[1:]] for row in rows if row[0].startswith("HellaSwag, ")]
+    assert list(plot.PUBLISHED) == steps
+    assert [accuracy for _, _, accuracy in plot.PUBLISHED.values()] == accuracies
+    for (low, high, _), *published in zip(plot.PUBLISHED.values(), *losses, strict=True):
+        assert low == min(published)
+        assert max(published) <= high < max(published) + 0.02
+
+
 def png_size(path):
     """(width, height) of a PNG file, whose first chunk says them."""
     start = path.read_bytes()[:24]

@@ -263,6 +263,25 @@ def test_resumed_run_equals_one_that_never_stopped(train, tmp_path, stop):
     assert all(torch.equal(a[key], b[key]) for a, b in states for key in a)
 
 
+def test_a_shuffled_run_resumes_exactly(train, tmp_path, shards):
+    """Over the end of an epoch, of 21 windows, within the third step; then with two processes."""
+    train("--shuffle", f"--log_dir={tmp_path / 'whole'}")
+    train("--shuffle", "--max_steps=2")
+    train("--resume", "--max_steps=6")  # the checkpoint says shuffle
+    whole, log = ((tmp_path / name / "log.txt").read_bytes() for name in ("whole", "log"))
+    assert whole == log
+    train(f"--log_dir={tmp_path / 'plain'}")
+    assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
+    for change in ("--shuffle=False", "--seed=5", "--block_size=8"):
+        with pytest.raises(UserError, match=r"shuffle is .*, but \[1337, 16\] in the checkpoint"):
+            train("--resume", "--max_steps=8", change)
+    flags = [*TINY, "--shuffle", f"--data={shards}", f"--log_dir={tmp_path / 'two'}"]
+    run = run_script(*flags, nproc=2)
+    assert run.returncode == 0, run.stderr
+    for (_, a), (_, b) in zip(losses(tmp_path / "two"), losses(tmp_path / "whole"), strict=True):
+        assert float(a) == pytest.approx(float(b), abs=1e-3)
+
+
 def test_resume_takes_the_settings_from_the_checkpoint(train, tmp_path, shards, capsys):
     train(f"--log_dir={tmp_path / 'whole'}")
     train("--max_steps=6")
