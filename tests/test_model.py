@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import hellaswag
 from fineweb import UserError, gpt2_encoding, save_tokenizer
-from train_gpt2 import GPT, DataLoaderLite, GPTConfig, evaluate, get_lr
+from train_gpt2 import GPT, DataLoaderLite, GPTConfig, evaluate, get_lr, make_settings
 
 SHAPES = {
     "tiny": {"n_layer": 3, "n_head": 4, "n_embd": 48, "n_positions": 40, "vocab_size": 1000},
@@ -177,6 +177,19 @@ def test_learning_rate():
     assert all(lr(step) > lr(step + 1) for step in range(715, 19072, 97))
     assert get_lr(3, max_steps=4, warmup_steps=4, max_lr=1.0, min_lr=0.1) == 1.0  # warm-up all the way
     assert get_lr(0, max_steps=1, warmup_steps=0, max_lr=1.0, min_lr=0.1) == 1.0  # none at all
+
+
+def test_five_hundred_steps_have_the_learning_rates_of_the_recipe():
+    """So the README's ten-minute check, --max_steps=500, can be compared with published runs of all 19,073 steps."""
+    check = make_settings({"max_steps": 500, "data": str(ROOT / "tests")})
+    recipe = make_settings({"data": str(ROOT / "tests")})
+    assert (recipe.max_steps, recipe.warmup_steps, recipe.max_lr) == (19073, 715, 6e-4)
+    rates = [
+        [get_lr(step, run.max_steps, run.warmup_steps, run.max_lr, 0.1 * run.max_lr) for step in range(500)]
+        for run in (check, recipe)
+    ]
+    assert rates[0] == rates[1]
+    assert {**vars(check), "max_steps": 19073} == vars(recipe)
 
 
 def test_loss_counts_only_targets_that_are_given():

@@ -1,5 +1,6 @@
 """The training loop: what it computes, that it can be interrupted, and what it says when something is wrong."""
 
+import functools
 import math
 import os
 import pickle
@@ -170,6 +171,38 @@ def test_compiled_run_equals_eager_and_is_compiled_twice(train, tmp_path, monkey
     assert all(name.startswith(("transformer.", "lm_head.")) for name in checkpoint["model"])
 
 
+SPLITS = """
+import sys
+sys.path.insert(0, {root!r})
+import fineweb, train_gpt2
+from torch._dynamo.backends.distributed import DDPOptimizer
+compile_fn = DDPOptimizer.compile_fn
+def record(self, graph, example_inputs):
+    compiled = compile_fn(self, graph, example_inputs)
+    train_gpt2.print0(f"DDPOptimizer: {{len(self.buckets)}} buckets")
+    return compiled
+DDPOptimizer.compile_fn = record
+sys.argv[0] = "train_gpt2.py"
+fineweb.run_main(train_gpt2.main)
+"""
+
+
+def test_compiled_processes_train_like_an_eager_one(train, tmp_path, shards):
+    """Within DDP, torch.compile cuts the model where DDP's buckets end, so that the first gradients are already
+    averaged while others are computed. This model needs two buckets: 1 MB for the last layers, then up to 25."""
+    train(f"--log_dir={tmp_path / 'eager'}")
+    script = tmp_path / "splits.py"
+    script.write_text(SPLITS.format(root=str(ROOT)), encoding="utf-8")
+    flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path / 'compiled'}", "--compile=True"]
+    run = run_script(*flags, nproc=2, script=script)
+    assert run.returncode == 0, run.stderr
+    assert "device: 2 x cpu, float32, compiled" in run.stdout
+    assert re.findall("DDPOptimizer: (.*)", run.stdout) == ["2 buckets"] * 2  # to evaluate, and to train
+    for a, b in zip(read_log(tmp_path / "eager"), read_log(tmp_path / "compiled"), strict=True):
+        assert a[:2] == b[:2]
+        assert float(a[2]) == pytest.approx(float(b[2]), abs=1e-3)
+
+
 def test_without_a_compiler_the_run_is_eager_with_one_warning(train, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler")
@@ -188,6 +221,19 @@ def test_float16_scales_the_gradients(train, tmp_path):
     assert checkpoint["scaler"]["scale"] >= 1.0
     for a, b in zip(losses(tmp_path / "full"), losses(tmp_path / "half"), strict=True):
         assert float(a[1]) == pytest.approx(float(b[1]), abs=0.05)
+
+
+def test_a_float16_step_that_overflows_leaves_the_weights_as_they_were(train, tmp_path, monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**127)  # in float32, too, the scaled loss is inf
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    out = train("--dtype=float16", "--max_steps=1")
+    assert re.search(r"^step +0 \| loss 10\..* norm (inf|nan) ", out, re.MULTILINE)
+    checkpoint = torch.load(tmp_path / "log" / "model_00001.pt", weights_only=True)
+    torch.manual_seed(1337)
+    untrained = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)).state_dict()
+    assert all(torch.equal(tensor, untrained[name]) for name, tensor in checkpoint["model"].items())
+    assert not any(tensor.any() for state in checkpoint["optimizer"]["state"].values() for tensor in state.values())
+    assert checkpoint["scaler"]["scale"] == 2.0**126
 
 
 # ----------------------------------------------------------------------------------------------------------------------
