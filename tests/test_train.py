@@ -1010,18 +1010,6 @@ def test_no_path_needs_the_working_directory(tmp_path, monkeypatch):
     assert settings.data in (str(ROOT / "input.txt"), str(ROOT / "edu_fineweb10B"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [["--dtype=bfloat16"], ["--dtype=float16"], ["--compile=False"], []])
-def test_cuda_run_resumes_and_matches_the_cpu(train, tmp_path, flags):
-    train(f"--log_dir={tmp_path / 'cpu'}")
-    train(f"--log_dir={tmp_path / 'cuda'}", "--device=cuda", "--dtype=auto", *flags)
-    (tmp_path / "cuda" / "model_00006.pt").unlink()
-    train(f"--log_dir={tmp_path / 'cuda'}", "--device=cuda", "--dtype=auto", "--resume", *flags)
-    for a, b in zip(read_log(tmp_path / "cpu"), read_log(tmp_path / "cuda"), strict=True):
-        assert a[:2] == b[:2]
-        assert float(a[2]) == pytest.approx(float(b[2]), abs=0.05)
-
-
 def test_starting_a_run_removes_only_its_own_unfinished_files(train, tmp_path):
     (tmp_path / "log").mkdir()
     for name in ("notes.tmp", "model_00002.pt.tmp"):
