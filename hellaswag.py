@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 OFFICIAL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 TIMEOUT = 10  # seconds without an answer
-# On recent GPUs, PyTorch prefers cuDNN's attention, which prepares for 0.4 s for every new length of the sequences.
+# On recent GPUs, PyTorch prefers cuDNN's attention, which takes 0.4 s to prepare for every new sequence length.
 # Functions with this decorator use the other kernels.
 without_cudnn = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -51,7 +51,7 @@ def load_examples(source, limit=None):
         examples = rows.select_columns(["ctx", "endings", "label"]).to_list()[:limit]
         assert examples, "it has no examples"
         for example in examples:
-            texts = [example["ctx"]] + example["endings"]  # the endings have to be a list
+            texts = [example["ctx"]] + example["endings"]  # a TypeError, reported too, if endings is not a list
             is_good = len(texts) == 5 and all(isinstance(text, str) and text for text in texts)
             is_good = is_good and str(example["label"]) in ("0", "1", "2", "3")
             assert is_good, f"this is not a context, four endings and a label from 0 to 3: {example}"
@@ -90,7 +90,7 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=32, 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
     for start in tqdm(range(rank * batch_size, len(rows), world_size * batch_size), disable=not progress):
         batch = order[start : start + batch_size]
-        # Padding is at the end of a row, where no token of the ending sees it. The mask is 1 for tokens of the ending.
+        # Padding is at the end of a row, where no token of the ending sees it. R rows, L tokens in the longest one.
         idx = pad_sequence([rows[i][0] for i in batch], batch_first=True).to(device)  # (R, L)
         mask = pad_sequence([rows[i][1] for i in batch], batch_first=True).to(device)  # (R, L)
         logits, _ = model(idx[:, :-1])  # (R, L - 1, vocab_size)
@@ -102,7 +102,7 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=32, 
 
 
 def count_correct(losses, examples):
-    """In how many examples the right ending has the lowest (mean loss, summed loss). losses: (len(examples), 4)."""
+    """In how many examples the right ending has the lowest mean loss; the lowest sum. losses: (len(examples), 4)."""
     labels = torch.tensor([label for label, _ in examples], device=losses.device)
     lengths = torch.tensor([[mask[1:].sum() for _, mask in rows] for _, rows in examples], device=losses.device)
     return tuple((score.argmin(dim=1) == labels).sum().item() for score in (losses / lengths, losses))

@@ -8,7 +8,7 @@ Train GPT-2 (124M) from scratch, after Andrej Karpathy's lecture "Let's reproduc
 Part I is the lesson, from the model to the training loop. Part II is housekeeping: the command line, checkpoints, logs.
 The model is GPT-2 (Radford et al. 2019). That paper leaves out most training settings, so those are from GPT-3 (Brown
 et al. 2020). In comments, B is the number of sequences in a batch, T the number of tokens in a sequence and C = n_embd
-the length of the vector for each token. The lecture measures what each trick gains in a step of 16 x 1024 tokens on an
+the length of a token's vector, its channels. The lecture adds one trick after another and times 16 x 1024 tokens on an
 A100: float32 1000 ms, TF32 333, bf16 300, torch.compile 130, FlashAttention 96, padded vocabulary 93, fused AdamW 90.
 """
 
@@ -42,7 +42,7 @@ import hellaswag
 from fineweb import UserError, gpt2_encoding, replace_file, reported_as
 
 HERE = Path(__file__).resolve().parent
-GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 learned merges of them, and <|endoftext|>
+GPT2_VOCAB_SIZE = 50257  # tokens are pieces of text: 256 bytes, 50,000 learned merges of them, and <|endoftext|>
 
 # The sizes of GPT-2, with the peak learning rates of GPT-3's models of about these sizes (its table 2.1).
 MODELS = {
@@ -56,14 +56,14 @@ MODELS = {
 # Part I: the lesson
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The model
-# Parameters have OpenAI's names, as in every published copy of the weights: wte and wpe are the token and position
-# embeddings, h is the list of blocks, ln_* are layer norms, c_* linear layers.
+# Parameters have OpenAI's names, as in every published copy of the weights: wte and wpe are the embeddings, a learned
+# vector for each token and each position, h is the list of blocks, ln_* are layer norms, c_* linear layers.
 
 
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # maximum context length, in tokens
-    # 50257 is an ugly number: GPUs compute in tiles of powers of two, and a ragged last tile is slow. Training pads it
+    # 50257 is an ugly number: GPUs compute in tiles of powers of two, and a ragged last tile is slow. Section 8 pads it
     # to 50304 = 393 * 128 (lecture: 96 to 93 ms); the model learns that the 47 extra ids never occur.
     vocab_size: int = GPT2_VOCAB_SIZE
     n_layer: int = 12
@@ -72,8 +72,8 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token averages the values of itself and earlier tokens, weighted by how well its query matches their keys,
-    in every head with a slice of the channels: (B, T, C) -> (B, T, C). Source: Vaswani et al. 2017, section 3.2."""
+    """Each token has a query, a key and a value, and averages the values of itself and earlier tokens, weighted by how
+    well its query matches their keys: in each head, within a slice of the channels (Vaswani et al. 2017, 3.2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -90,9 +90,9 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
-        # This is softmax(q @ k.T / sqrt(head_size)) @ v with later tokens masked out. Written out like that, a (T, T)
-        # matrix per head travels to GPU memory and back for every operation. FlashAttention (Dao et al. 2022) computes
-        # it in tiles that fit into on-chip memory, and again in the backward pass (lecture: 130 to 96 ms).
+        # This is softmax(q @ k.T / sqrt(head_size)) @ v, with later tokens masked out: a token must not see what it has
+        # to predict. Step by step, a (T, T) matrix per head would go to GPU memory and back. FlashAttention (Dao et al.
+        # 2022) works in tiles that fit on the chip, and recomputes them in the backward pass (lecture: 130 to 96 ms).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.c_proj(y)  # mixes the heads
@@ -114,8 +114,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention (tokens exchange information), then an MLP (each token processes it): (B, T, C) -> (B, T, C).
-    Both add their output to x, the residual stream. Their layer norms are outside of it (GPT-2 section 2.3): nothing
-    but additions touches the stream, so gradients flow straight to every block."""
+    Both add their output to x, the residual stream, and read it through a layer norm of their own (GPT-2 section 2.3):
+    on its way through the blocks, x is only added to, so gradients flow straight to every block."""
 
     def __init__(self, config):
         super().__init__()
@@ -130,8 +130,8 @@ class Block(nn.Module):
         return x
 
 
-# For section 2: what transformers calls the fields of GPTConfig, what makes one of its models a GPT-2, and the weights
-# that it stores as (in, out), like OpenAI, where nn.Linear has (out, in).
+# For section 2, the library transformers: its names for the fields of GPTConfig, what makes one of its models a GPT-2,
+# and the weights that it stores as (in, out), like OpenAI, where nn.Linear has (out, in).
 HF_NAMES = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 HF_VALUES = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 HF_VALUES |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
@@ -144,7 +144,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.Module()  # holds everything but the head, as in OpenAI's names
+        self.transformer = nn.Module()  # holds everything but lm_head, as in transformers
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
@@ -154,8 +154,8 @@ class GPT(nn.Module):
         # should be close in both roles, and tying saves 38.6M parameters, nearly a third of this model.
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
-        # The residual stream adds up 2 * n_layer branches, and a sum of n independent terms has sqrt(n) times the
-        # standard deviation of one. Scaling the last layer of each branch down keeps the sum's (GPT-2 section 2.3).
+        # The residual stream adds up 2 * n_layer outputs. A sum of n independent terms has sqrt(n) times the standard
+        # deviation of one, so the layers that make these outputs start smaller by that factor (GPT-2 section 2.3).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -169,8 +169,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Score the next token at every position or, given the targets, return the loss.
 
-        idx: (B, T) int64, T <= block_size. targets: (B, T) int64, the token after each one in idx; -1 is ignored.
-        Returns (logits, None) or (None, loss). logits: (B, T, vocab_size). loss: mean cross entropy in nats."""
+        idx: (B, T) int64 token ids, T <= block_size. targets: (B, T), the token after each one in idx; -1 is ignored.
+        Returns (logits, None) or (None, loss). logits: (B, T, vocab_size) scores. loss: mean cross entropy in nats."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit into a context of {self.config.block_size}"
         pos = torch.arange(T, device=idx.device)  # (T,)
@@ -182,19 +182,19 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None  # (B, T, vocab_size)
 
-        # The logits are by far the largest tensor, 6.6 GB in bf16 for 64 x 1024 tokens, so training returns only their
-        # loss. On the CPU, computing it for 512 tokens at a time saves a sixth of a step.
+        # The logits are by far the largest tensor, 6.6 GB in bf16 for 64 x 1024 tokens. They are not returned with the
+        # loss, which would keep them in memory. On the CPU, 512 tokens at a time save a sixth of a step's time.
         chunk_size = 512 if x.device.type == "cpu" else targets.numel()
         loss_sum = 0.0
         for chunk, y in zip(x.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True):
             logits = self.lm_head(chunk)  # (chunk_size, vocab_size)
-            # In float32: on a GPU, autocast (section 9) would compute the loss in bf16.
+            # .float(): autocast (section 9) computes the loss in the dtype of the logits, on a GPU bf16.
             loss_sum += F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="sum")
         return None, loss_sum / (targets != -1).sum()
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2. OpenAI's weights, in and out
-    # Loading them tests the model above: with most mistakes in it, --init_from=gpt2 --max_steps=0 prints nonsense.
+    # Loading them tests the model above: if it has a mistake, --init_from=gpt2 --max_steps=0 usually prints nonsense.
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
@@ -241,7 +241,7 @@ class GPT(nn.Module):
     # 3. Sampling
 
     @torch.no_grad()
-    @hellaswag.without_cudnn
+    @hellaswag.without_cudnn  # its attention would need 0.4 s to prepare for each new length
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
         """Continue each sequence by max_new_tokens: (B, T) int64 -> (B, T + max_new_tokens).
 
@@ -251,10 +251,10 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             # Each token recomputes its whole context. A key/value cache would be faster, and more code.
             logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
-            # The last position predicts the new token. Padded ids are left out: the tokenizer cannot decode them.
+            # The last position predicts the new token. Padding ids are left out: the tokenizer cannot decode them.
             logits = logits[:, -1, :GPT2_VOCAB_SIZE].float()  # (B, 50257)
             topk_logits, topk_ids = torch.topk(logits, min(top_k or logits.size(1), logits.size(1)))  # (B, k) each
-            # Subtract the maximum so that a tiny temperature (or 0, which is replaced by one) cannot overflow.
+            # Subtract the maximum so that a tiny temperature (or 0, replaced by 1e-10) cannot overflow.
             probs = F.softmax((topk_logits - topk_logits[:, :1]) / max(temperature, 1e-10), dim=-1)  # (B, k)
             choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
             idx_next = topk_ids.gather(1, choice)  # (B, 1)
@@ -287,7 +287,7 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Data
-# fineweb.py turns documents into one long stream of tokens, cut into files of 100M tokens: the shards.
+# fineweb.py joins documents, <|endoftext|> before each, into one stream of tokens, cut into files of 100M: the shards.
 
 
 def open_tokens(path, split):
@@ -301,7 +301,7 @@ def open_tokens(path, split):
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             assert np.fromfile(path, "<i4", count=3).tolist() == [20240520, 1, len(tokens)], "header and size disagree"
         else:
-            tokens = fineweb.tokenize_file(path)
+            tokens = fineweb.tokenize_file(path)  # cached: it tokenizes once
             num_train = len(tokens) * 9 // 10
             tokens = tokens[:num_train] if split == "train" else tokens[num_train:]
         is_row = tokens.dtype == np.dtype("<u2") and tokens.ndim == 1 and len(tokens) > 0
@@ -312,10 +312,10 @@ def open_tokens(path, split):
 class DataLoaderLite:
     """Batches of one split, "train" or "val", from a folder of shards or a text file.
 
-    The shards form one endless, repeating stream, which is read in windows of T tokens: in micro-step k, process (rank)
-    r reads the B windows from number (k * num_processes + r) * B on. The position is computed, not stored: processes
-    cannot drift apart, and a resumed run repeats and skips nothing, even on another number of GPUs. With shuffle, each
-    epoch takes the windows in another random order: FineWeb-Edu's own shows as waves in the loss (gain: 0.017)."""
+    The shards form one endless, repeating stream, read in windows of T tokens. In micro-step k of the run (section 9),
+    process r reads the B windows from number (k * num_processes + r) * B on. The position is computed, not stored:
+    processes cannot drift apart, and a resumed run repeats and skips nothing, even on another number of GPUs. With
+    shuffle, each epoch has a new random order: FineWeb-Edu's own makes waves in the loss (published gain: 0.017)."""
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root, shuffle=False, seed=1337):
         self.B, self.T, self.split, self.shuffle, self.seed = B, T, split, shuffle, seed
@@ -330,17 +330,17 @@ class DataLoaderLite:
         self.contents = {f"{split} {path.name}": n for path, n in zip(self.shards, self.lengths, strict=True)}
         self.ends = np.cumsum(self.lengths)  # where in the stream each shard ends
         self.num_tokens = sum(self.lengths)
-        self.num_windows, self.epoch = max(1, (self.num_tokens - 1) // T), None
+        self.num_windows, self.epoch = max(1, (self.num_tokens - 1) // T), None  # no epoch is in order yet
         if self.num_tokens < 2:
             raise UserError(f"{data_root} has only {self.num_tokens} {split} tokens: more text is needed")
 
     def read(self, position, count):
-        """count tokens of the stream, from position on: (count,) int64."""
+        """The `count` tokens of the stream that start at `position`: (count,) int64."""
         pieces = []
         while count > 0:
             position %= self.num_tokens
             i = np.searchsorted(self.ends, position, side="right")  # the shard that holds this position
-            # Open it for every read: a file truncated during the run is then an error, not a crash.
+            # Open it for every read: a file truncated during the run is then an exception, not a bus error.
             tokens = open_tokens(self.shards[i], self.split)
             if len(tokens) != self.lengths[i]:
                 raise UserError(f"{self.shards[i]} has changed since the start: restore it, then use --resume")
@@ -360,14 +360,14 @@ class DataLoaderLite:
         if self.shuffle:
             tokens = torch.stack([self.read(self.shuffled(i), self.T + 1) for i in range(first, first + self.B)])
         else:
-            tokens = self.read(first * self.T, self.B * self.T + 1).unfold(0, self.T + 1, self.T)  # all in one read
+            tokens = self.read(first * self.T, self.B * self.T + 1).unfold(0, self.T + 1, self.T)  # rows overlap by one
         if torch.device(device).type == "cuda":
             tokens = tokens.pin_memory()  # lets the GPU copy them while the CPU continues
         tokens = tokens.to(device, non_blocking=tokens.is_pinned())
         return tokens[:, :-1], tokens[:, 1:]
 
     def shuffled(self, i):
-        """Where in the stream the window starts that is read as the i-th of the run."""
+        """The position in the stream of the i-th window that the run reads."""
         epoch, place = divmod(i, self.num_windows)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
@@ -381,7 +381,7 @@ class DataLoaderLite:
 @torch.no_grad()
 def evaluate(model, loader, val_tokens, device, autocast):
     """The mean loss over the first val_tokens tokens of the validation data (all of them if there are fewer), in nats.
-    Up to rounding, it does not depend on the micro-batch size and the number of GPUs, which share the batches."""
+    Up to rounding, it does not depend on the micro-batch size or the number of GPUs (they share the batches)."""
     val_tokens = min(val_tokens, loader.num_tokens - 1)  # the last token has no target
     batch_tokens = loader.B * loader.T
     val_loss = torch.zeros((), device=device)
@@ -389,7 +389,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
     for start in range(loader.process_rank * batch_tokens, val_tokens, loader.num_processes * batch_tokens):
         x, y = loader.next_batch()  # (B, T) each
         y = y.clone()  # it shares memory with x
-        y.view(-1)[val_tokens - start :] = -1  # ignored by the loss; a smaller batch would trigger a recompile
+        y.view(-1)[val_tokens - start :] = -1  # no loss past val_tokens; a smaller batch would recompile
         with autocast:
             _, loss = model(x.to(device), y.to(device))
         val_loss += loss * ((y != -1).sum().item() / val_tokens)
@@ -399,7 +399,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
 
 
 def load_hellaswag(source, block_size):
-    """HellaSwag's examples, tokenized; none if the official ones cannot be downloaded."""
+    """HellaSwag (which of four endings continues a text?), tokenized; [] if the official file cannot be downloaded."""
     try:
         return hellaswag.tokenize(hellaswag.load_examples(source), block_size)
     except UserError as error:
@@ -495,8 +495,8 @@ def can_compile(device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Settings
-# Each is also a flag on the command line. The defaults reproduce GPT-2 (124M), with GPT-3's values for this size (table
-# 2.1, appendix B): 2^19 tokens per step, 19,073 steps for 10 billion tokens, 715 to warm up for 375 million.
+# Each is also a flag. The defaults reproduce GPT-2 (124M) with 10 billion tokens: 19,073 steps of 2^19 tokens, of which
+# 715 (375 million tokens) warm up. Batch, rates and warm-up are GPT-3's for this size (table 2.1, appendix B).
 
 
 def setting(default, help, choices=None, least=0):
@@ -521,7 +521,7 @@ class Settings:
     # Optimization
     total_batch_size: int = setting(524288, "tokens per step, over all processes", least=1)
     micro_batch_size: int = setting(64, "sequences B per forward pass; the default is lowered if needed", least=1)
-    max_steps: int = setting(19073, "optimizer steps; 0 only evaluates or, if a prompt is given, only samples")
+    max_steps: int = setting(19073, "optimizer steps; 0 only evaluates or, with --prompt, only samples")
     warmup_steps: int = setting(715, "steps of linear warm-up")
     max_lr: float = setting(6e-4, "peak learning rate; for other models GPT-3's")
     min_lr: float = setting(None, "final learning rate [a tenth of max_lr]")
@@ -573,8 +573,8 @@ def train(settings, given, checkpoint):
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)  # for GPUs, for CPUs
         dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=10))
         check_ranks_agree(asdict(settings) | {"prompt": None})  # only rank 0 reads a prompt from stdin
-    # Autocast runs matmuls in this dtype. Operations that need precision, weights and optimizer state stay in float32
-    # (lecture: 333 to 300 ms; a small gain, because memory traffic dominates until torch.compile).
+    # Autocast runs matmuls in this dtype. Weights, optimizer state and operations that need precision stay in float32
+    # (lecture: 333 to 300 ms; a small gain: memory traffic dominates until torch.compile, and casts add to it).
     dtype = pick_dtype(settings.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     # For float16, the scaler multiplies the loss so that small gradients do not become 0, divides the gradients again
@@ -599,7 +599,7 @@ def train(settings, given, checkpoint):
     use_hellaswag = settings.eval_interval > 0 and settings.hellaswag != "off"
     examples = load_hellaswag(settings.hellaswag, raw_model.config.block_size) if use_hellaswag else []
 
-    # Optimizer, resume
+    # Optimizer, resume. data: what decides which tokens come when; it has to be the same on all ranks and on resuming.
     min_lr = 0.1 * settings.max_lr if settings.min_lr is None else settings.min_lr
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr)
     data = {"total_batch_size": settings.total_batch_size, "shuffle": settings.shuffle and [settings.seed, T]}
@@ -617,9 +617,9 @@ def train(settings, given, checkpoint):
     print0(f"data: {train_loader.num_tokens:,} tokens, validation {val_loader.num_tokens:,}, from {settings.data}")
     print0(f"step: {settings.total_batch_size:,} tokens, {B=}, {T=}, {grad_accum_steps=}, {world_size=}")
 
-    caught = catch_signals() if settings.max_steps > 0 else []
-    stopped_by = 0  # the number of the signal
-    saved = True
+    caught = catch_signals() if settings.max_steps > 0 else []  # the numbers of signals that arrive from now on
+    stopped_by = 0  # the number of the signal that all ranks have agreed on
+    saved = True  # whether the last checkpoint could be written
     x, y = train_loader.next_batch(device)  # (B, T) each
     for step in range(start_step, settings.max_steps + 1):
         # One pass more than there are steps: it only evaluates and saves the final model.
@@ -631,7 +631,7 @@ def train(settings, given, checkpoint):
             raise FloatingPointError(f"step {step}: the weights are not finite")
 
         # Once in a while: validation loss
-        if evaluate_now:  # before the first step it is about ln(50304) = 10.8; there is no dropout, so no model.eval()
+        if evaluate_now:  # at first about ln(50304) = 10.8, a uniform guess. There is no dropout, so no model.eval()
             val_loss = evaluate(model, val_loader, settings.val_tokens, device, autocast)
             report(log, f"{step} val {val_loss:.4f}", f"validation loss: {val_loss:.4f}")
 
@@ -672,7 +672,7 @@ def train(settings, given, checkpoint):
 
         # Clip the gradient, so that one unusual batch cannot move the weights far
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: measure
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: no clip
 
         # All ranks need the same loss, and have to stop together
         stop = torch.full((), caught[0] if caught else 0, device=device)
@@ -682,7 +682,7 @@ def train(settings, given, checkpoint):
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)
         # So far the CPU has only queued work for the GPU. item() waits for the result.
         train_loss, norm, stopped_by = loss_accum.item(), norm.item(), stop.item()
-        # In float16, an infinite norm may be an overflow: the scaler skips the step and halves its scale, at most to 1.
+        # In float16, an infinite norm may be an overflow: the scaler skips the step and halves its scale. Stop below 1.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(train_loss) or not (math.isfinite(norm) or may_overflow):
             raise FloatingPointError(f"step {step}: loss {train_loss}, norm {norm}, stopped before the step")
