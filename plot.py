@@ -164,10 +164,10 @@ def draw(runs, tokens_per_step=None, with_reference=True):
         for column, ax in enumerate((axes[0], axes[0], axes[1])):  # two dots per step for the loss, one for HellaSwag
             dots = [PUBLISHED[step][column] for step in steps]
             label = "published runs" if column != 1 and steps else "_"  # not in the legend
-            style = {"color": "0.55", "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 2}
+            style = {"color": "0.55", "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 4}
             ax.plot([step * scale for step in steps], dots, label=label, **style)
 
-    for ax, title, corner in zip(axes, ("Loss", "HellaSwag accuracy"), ("upper right", "lower right"), strict=False):
+    for ax, title, corner in zip(axes, ("Loss", "HellaSwag accuracy"), ("upper right", "best"), strict=False):
         ax.set_title(title)
         ax.set_xlabel(unit)
         ax.set_xlim(0, 1.02 * last * scale or 1)

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
 import hellaswag
-from fineweb import UserError, gpt2_encoding, replace_file, reported_as
+from fineweb import UserError, gpt2_encoding, replace_file, reported_as  # reported_as: any error becomes a UserError
 
 HERE = Path(__file__).resolve().parent
 GPT2_VOCAB_SIZE = 50257  # tokens are pieces of text: 256 bytes, 50,000 learned merges of them, and <|endoftext|>
@@ -162,7 +162,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)  # OpenAI's value, of the order of 1 / sqrt(n_embd)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -183,12 +183,12 @@ class GPT(nn.Module):
             return self.lm_head(x), None  # (B, T, vocab_size)
 
         # The logits are by far the largest tensor, 6.6 GB in bf16 for 64 x 1024 tokens. They are not returned with the
-        # loss, which would keep them in memory. On the CPU, 512 tokens at a time save a sixth of a step's time.
+        # loss, which would keep them in memory. On the CPU, chunks of 512 save a sixth of a step of 4 x 1024 tokens.
         chunk_size = 512 if x.device.type == "cpu" else targets.numel()
         loss_sum = 0.0
         for chunk, y in zip(x.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True):
             logits = self.lm_head(chunk)  # (chunk_size, vocab_size)
-            # .float(): autocast (section 9) computes the loss in the dtype of the logits, on a GPU bf16.
+            # float(): under autocast (section 9), a GPU would round the log-probabilities to bf16.
             loss_sum += F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="sum")
         return None, loss_sum / (targets != -1).sum()
 
@@ -213,7 +213,7 @@ class GPT(nn.Module):
             state_dict = {}
             for file in folder.glob("*.safetensors"):  # large models are split into several files
                 for name, tensor in load_file(file).items():
-                    name = "transformer." + name.removeprefix("transformer.")  # OpenAI's files lack this prefix
+                    name = "transformer." + name.removeprefix("transformer.")  # gpt2's own files lack this prefix
                     if name in model.state_dict():  # the files also hold causal masks
                         state_dict[name] = tensor.t() if name.endswith(HF_TRANSPOSED) else tensor
             state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
@@ -231,8 +231,7 @@ class GPT(nn.Module):
                 tensor = tensor[:GPT2_VOCAB_SIZE]
             tensors[name] = (tensor.t() if name.endswith(HF_TRANSPOSED) else tensor).contiguous()
         config = {hf_name: getattr(self.config, name) for name, hf_name in HF_NAMES.items()} | HF_VALUES
-        config["vocab_size"] = len(tensors["transformer.wte.weight"])
-        config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256, "eos_token_id": 50256}
+        config |= {"architectures": ["GPT2LMHeadModel"], "vocab_size": len(tensors["transformer.wte.weight"])}
         weights = save(tensors, metadata={"format": "pt"})
         replace_file(folder / "model.safetensors", lambda path: path.write_bytes(weights))
         replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config), encoding="utf-8"))
@@ -254,8 +253,7 @@ class GPT(nn.Module):
             # The last position predicts the new token. Padding ids are left out: the tokenizer cannot decode them.
             logits = logits[:, -1, :GPT2_VOCAB_SIZE].float()  # (B, 50257)
             topk_logits, topk_ids = torch.topk(logits, min(top_k or logits.size(1), logits.size(1)))  # (B, k) each
-            # Subtract the maximum so that a tiny temperature (or 0, replaced by 1e-10) cannot overflow.
-            probs = F.softmax((topk_logits - topk_logits[:, :1]) / max(temperature, 1e-10), dim=-1)  # (B, k)
+            probs = F.softmax(topk_logits / max(temperature, 1e-10), dim=-1)  # (B, k); 0 would divide by zero
             choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
             idx_next = topk_ids.gather(1, choice)  # (B, 1)
             idx = torch.cat((idx, idx_next), dim=1)
@@ -277,7 +275,7 @@ class GPT(nn.Module):
 
 def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
     """Linear warm-up to max_lr, then decay along a half-cosine to min_lr (GPT-3, appendix B). The warm-up is for Adam,
-    whose averages of the gradients are still empty."""
+    whose running averages of the gradients are unreliable in the first steps."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     decay_ratio = min(1.0, (step - warmup_steps) / (max_steps - warmup_steps))  # from 0 to 1
@@ -330,7 +328,8 @@ class DataLoaderLite:
         self.contents = {f"{split} {path.name}": n for path, n in zip(self.shards, self.lengths, strict=True)}
         self.ends = np.cumsum(self.lengths)  # where in the stream each shard ends
         self.num_tokens = sum(self.lengths)
-        self.num_windows, self.epoch = max(1, (self.num_tokens - 1) // T), None  # no epoch is in order yet
+        self.num_windows = max(1, (self.num_tokens - 1) // T)
+        self.epoch = None  # the epoch that self.order belongs to
         if self.num_tokens < 2:
             raise UserError(f"{data_root} has only {self.num_tokens} {split} tokens: more text is needed")
 
@@ -483,12 +482,12 @@ def keep_freed_memory():
 
 
 def can_compile(device):
-    """Whether torch.compile works here: it needs a C++ compiler, and on a GPU, Triton."""
+    """Whether torch.compile works here: it needs a C++ compiler for the CPU, Triton and a C compiler for a GPU."""
     x = torch.ones(8, device=device, requires_grad=True)
     try:
         torch.compile(lambda x: (x * 2.0).sum())(x).backward()
     except (RuntimeError, ImportError, OSError) as error:
-        print0(f"warning: torch.compile does not work here ({type(error).__name__}), running eager: slower")
+        print0(f"warning: torch.compile does not work here ({type(error).__name__}), running without it: slower")
         return False
     return True
 
@@ -546,7 +545,7 @@ class Settings:
     compile: str = setting("auto", "torch.compile: auto (on CUDA), True or False", ("auto", True, False))
 
 
-# These suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy: half of GPT-3's max_lr.
+# These suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy: a lower max_lr.
 TEXT_FILE_SETTINGS = {"block_size": 128, "total_batch_size": 1024, "micro_batch_size": 4}
 TEXT_FILE_SETTINGS |= {"max_steps": 60, "warmup_steps": 10, "max_lr": 3e-4}
 TEXT_FILE_SETTINGS |= {"eval_interval": 20, "val_tokens": 2048, "hellaswag": "off", "prompt": "ROMEO:\n"}
@@ -557,7 +556,7 @@ TEXT_FILE_SETTINGS |= {"eval_interval": 20, "val_tokens": 2048, "hellaswag": "of
 
 
 def train(settings, given, checkpoint):
-    """Train, or evaluate if max_steps is 0. given: the command line's {name: value}. checkpoint: to resume, or None."""
+    """Train, or evaluate if max_steps is 0. given: the flags that are not defaults. checkpoint: to resume, or None."""
     # Ranks, device, precision
     rank, local_rank, world_size = get_ranks()
     ddp = world_size > 1
@@ -577,16 +576,16 @@ def train(settings, given, checkpoint):
     # (lecture: 333 to 300 ms; a small gain: memory traffic dominates until torch.compile, and casts add to it).
     dtype = pick_dtype(settings.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    # For float16, the scaler multiplies the loss so that small gradients do not become 0, divides the gradients again
-    # before the step, and skips the step if one has overflowed. For other dtypes it does nothing.
+    # For float16, the scaler multiplies the loss so that small gradients do not become 0, divides the gradients by the
+    # same factor before the step, and skips the step if any of them has overflowed. For other dtypes it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # Model, torch.compile, DDP. All share the weights of raw_model, which is for checkpoints and varying shapes.
-    raw_model = build_model(settings, given, checkpoint).to(device)
+    raw_model = build_model(settings, given, checkpoint).to(device)  # may lower settings.block_size
     wants_compile = settings.compile is True or (settings.compile == "auto" and device.type == "cuda")
     compiled = wants_compile and can_compile(device)
     # The compiler sees the whole model and fuses neighboring operations into one kernel, which saves round trips to
-    # GPU memory (lecture: 300 to 130 ms).
+    # GPU memory (lecture: 300 to 130 ms). Shapes are fixed; code that it cannot compile is an error, not a slow path.
     model = torch.compile(raw_model, dynamic=False, fullgraph=True) if compiled else raw_model
     if ddp:
         model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -602,7 +601,7 @@ def train(settings, given, checkpoint):
     # Optimizer, resume. data: what decides which tokens come when; it has to be the same on all ranks and on resuming.
     min_lr = 0.1 * settings.max_lr if settings.min_lr is None else settings.min_lr
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr)
-    data = {"total_batch_size": settings.total_batch_size, "shuffle": settings.shuffle and [settings.seed, T]}
+    data = {"total_batch_size": settings.total_batch_size, "shuffle": [settings.seed, T] if settings.shuffle else None}
     data |= train_loader.contents | val_loader.contents
     start_step = restore(checkpoint, optimizer, scaler, settings, data) if checkpoint else 0
     train_loader.micro_step = start_step * grad_accum_steps
@@ -672,7 +671,7 @@ def train(settings, given, checkpoint):
 
         # Clip the gradient, so that one unusual batch cannot move the weights far
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: no clip
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: no limit
 
         # All ranks need the same loss, and have to stop together
         stop = torch.full((), caught[0] if caught else 0, device=device)
@@ -747,7 +746,7 @@ def make_settings(given, saved=None):
 
 
 def fit_micro_batch(settings, given, world_size):
-    """The size of a micro-batch, which divides the sequences of a process: the default is lowered if it does not."""
+    """The micro-batch size. It has to divide the sequences of a process, so the default is lowered until it does."""
     B, multiple = settings.micro_batch_size, settings.block_size * world_size
     sequences = max(1, settings.total_batch_size // multiple)  # of each process, in a step
     if settings.total_batch_size != sequences * multiple:
@@ -782,7 +781,7 @@ def save_checkpoint(step, model, optimizer, scaler, settings, data):
         return False
     print0(f"checkpoint: {path}")
     paths = list_checkpoints(settings.log_dir)
-    for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:  # newer are damaged; [:-0] is empty
+    for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:  # later ones are damaged; [:-0] is empty
         with suppress(OSError):
             old.unlink()
     return True
@@ -834,8 +833,8 @@ def restore(checkpoint, optimizer, scaler, settings, data):
     """Restore all but the weights. Returns the number of steps done. Raises UserError if it does not fit this run."""
     with reported_as("the checkpoint cannot be resumed"):
         check_same(data, checkpoint["data"], "in the checkpoint")
-        step, max_steps = checkpoint["step"], settings.max_steps
-        assert step <= max_steps, f"the checkpoint has {step} steps, more than --max_steps={max_steps}"
+        step = checkpoint["step"]
+        assert step <= settings.max_steps, f"it has {step} steps, more than --max_steps={settings.max_steps}"
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, saved in zip(params, checkpoint["optimizer"]["state"].values(), strict=True):  # copy_ checks the shapes
             optimizer.state[p] = {"step": p.new_tensor(float(saved["step"]))}
