@@ -353,13 +353,13 @@ class DataLoaderLite:
         return torch.from_numpy(np.concatenate(pieces))
 
     def next_batch(self, device="cpu"):
-        """Inputs x and targets y, both (B, T) int64: y[b, t] is the token after x[b, t]."""
+        """Inputs x and targets y, both (B, T) int64, cut from rows of T + 1 tokens: y[b, t] is the token after x[b, t]."""
         first = (self.micro_step * self.num_processes + self.process_rank) * self.B  # the number of its first window
         self.micro_step += 1
         if self.shuffle:
             tokens = torch.stack([self.read(self.shuffled(i), self.T + 1) for i in range(first, first + self.B)])
         else:
-            tokens = self.read(first * self.T, self.B * self.T + 1).unfold(0, self.T + 1, self.T)  # rows overlap by one
+            tokens = self.read(first * self.T, self.B * self.T + 1).unfold(0, self.T + 1, self.T).contiguous()
         if torch.device(device).type == "cuda":
             tokens = tokens.pin_memory()  # lets the GPU copy them while the CPU continues
         tokens = tokens.to(device, non_blocking=tokens.is_pinned())
@@ -940,7 +940,7 @@ def main(argv=None):
         return print0(f"exported: {settings.export}")
     if settings.prompt == "-" and rank == 0:
         settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
-    if "prompt" in given and settings.max_steps == 0:
+    if "prompt" in given and settings.max_steps == 0 and settings.num_samples > 0:
         device = pick_device(settings.device)
         return print_samples(build_model(settings, given, checkpoint).to(device), settings, device, nullcontext())
     if settings.data == str(HERE / "input.txt") and "data" not in given and not checkpoint:
