@@ -353,7 +353,7 @@ class DataLoaderLite:
         return torch.from_numpy(np.concatenate(pieces))
 
     def next_batch(self, device="cpu"):
-        """Inputs x and targets y, both (B, T) int64, cut from rows of T + 1 tokens: y[b, t] is the token after x[b, t]."""
+        """Inputs x and targets y, (B, T) int64 each, from rows of T + 1 tokens: y[b, t] is the token after x[b, t]."""
         first = (self.micro_step * self.num_processes + self.process_rank) * self.B  # the number of its first window
         self.micro_step += 1
         if self.shuffle:
