@@ -764,7 +764,7 @@ def fit_micro_batch(settings, given, world_size):
 
 def list_checkpoints(log_dir):
     """The checkpoints in a folder, oldest first: model_05000.pt was saved after 5000 steps."""
-    return sorted(Path(log_dir).glob("model_[0-9]*.pt"), key=lambda path: (len(path.name), path.name))
+    return sorted([p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()], key=lambda p: int(p.stem[6:]))
 
 
 def save_checkpoint(step, model, optimizer, scaler, settings, data):
@@ -834,7 +834,7 @@ def restore(checkpoint, optimizer, scaler, settings, data):
     with reported_as("the checkpoint cannot be resumed"):
         check_same(data, checkpoint["data"], "in the checkpoint")
         step = checkpoint["step"]
-        assert step <= settings.max_steps, f"it has {step} steps, more than --max_steps={settings.max_steps}"
+        assert 0 <= step <= settings.max_steps, f"it has {step} steps, more than --max_steps={settings.max_steps}"
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, saved in zip(params, checkpoint["optimizer"]["state"].values(), strict=True):  # copy_ checks the shapes
             optimizer.state[p] = {"step": p.new_tensor(float(saved["step"]))}

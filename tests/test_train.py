@@ -1034,3 +1034,11 @@ def test_a_rank_without_a_world_is_ignored(train, tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert "checkpoint: " in train("--max_steps=1", "--eval_interval=0")
     assert names_in(tmp_path / "log") == ["log.txt", "model_00001.pt"]
+
+
+def test_a_copy_of_a_checkpoint_with_a_name_of_its_own_is_left_alone(train, tmp_path):
+    train("--max_steps=4")
+    shutil.copy(tmp_path / "log" / "model_00002.pt", tmp_path / "log" / "model_00002_good.pt")
+    assert [path.name for path in train_gpt2.list_checkpoints(tmp_path / "log")] == ["model_00002.pt", "model_00004.pt"]
+    assert "model_00004.pt" in train("--resume", "--keep_checkpoints=1").splitlines()[0]
+    assert names_in(tmp_path / "log") == ["log.txt", "model_00002_good.pt", "model_00006.pt"]
