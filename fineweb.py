@@ -240,7 +240,7 @@ def is_intact(path, sha256, verify):
 def open_index(options):
     """The index of --out, or a new one. Raises UserError if shards are missing, changed or from other flags."""
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "num_proc", "verify")}
-    if not options.verify and not (options.out / "index.json").exists() and not any(options.out.glob("*_val_*")):
+    if not options.verify and not (options.out / "index.json").exists() and not any(options.out.glob("*.[nb][pi][yn]")):
         counts = {"documents": 0, "skipped": 0, "tokens": 0}
         return {"settings": settings, "complete": False, **counts, "resume": [0, 0], "shards": []}
     with reported_as(f"{options.out}/index.json cannot be read (name another --out)"):
