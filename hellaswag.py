@@ -102,7 +102,7 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=32, 
 
 
 def count_correct(losses, examples):
-    """In how many examples the right ending has the lowest mean loss; the lowest sum. losses: (len(examples), 4)."""
+    """(how many right endings have the lowest mean loss, how many the lowest sum). losses: (len(examples), 4)."""
     labels = torch.tensor([label for label, _ in examples], device=losses.device)
     lengths = torch.tensor([[mask[1:].sum() for _, mask in rows] for _, rows in examples], device=losses.device)
     return tuple((score.argmin(dim=1) == labels).sum().item() for score in (losses / lengths, losses))

@@ -120,7 +120,7 @@ def loss_limits(runs, last, reference):
 
 
 def is_recipe(runs, tokens_per_step):
-    """Whether published runs can be compared: with HellaSwag, a run is on FineWeb-Edu; another batch has other steps."""
+    """Whether published runs can be compared: HellaSwag means FineWeb-Edu, and another batch has other steps."""
     with_hella = any(values["hella"] for values in runs.values())
     return with_hella and tokens_per_step in (None, RECIPE_TOKENS_PER_STEP)
 
@@ -160,12 +160,12 @@ def draw(runs, tokens_per_step=None, with_reference=True):
         curve(axes[0], values["val"], color=f"C{i}", linewidth=1.8, zorder=3, label=f"validation{of_run}")
         curve(axes[-1], values["hella"], color=f"C{i}", linewidth=1.8, zorder=3, label=name)
     if with_reference and is_recipe(runs, tokens_per_step):
-        steps = [step for step in PUBLISHED if step <= last]
-        for column, ax in enumerate((axes[0], axes[0], axes[1])):  # two dots per step for the loss, one for HellaSwag
-            dots = [PUBLISHED[step][column] for step in steps]
-            label = "published runs" if column != 1 and steps else "_"  # not in the legend
-            style = {"color": "0.55", "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 4}
-            ax.plot([step * scale for step in steps], dots, label=label, **style)
+        style = {"color": "0.55", "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 4}
+        published = {step * scale: values for step, values in PUBLISHED.items() if step <= last}
+        for ax, columns in ((axes[0], slice(2)), (axes[1], slice(2, 3))):  # two losses for each step, one accuracy
+            dots = [(x, value) for x, values in published.items() for value in values[columns]]
+            if dots:
+                ax.plot(*zip(*dots, strict=True), label="published runs", **style)
 
     for ax, title, corner in zip(axes, ("Loss", "HellaSwag accuracy"), ("upper right", "best"), strict=False):
         ax.set_title(title)
@@ -175,8 +175,7 @@ def draw(runs, tokens_per_step=None, with_reference=True):
         ax.xaxis.set_major_formatter("{x:,.10g}")
         ax.grid(color="0.92")
         ax.spines[["top", "right"]].set_visible(False)
-        curves = [line for line in ax.get_lines() if line.get_label() != "_"]
-        if curves and (len(runs) > 1 or len(curves) > 1 or title == "Loss"):
+        if (curves := ax.get_lines()) and (len(runs) > 1 or len(curves) > 1 or title == "Loss"):
             legend = ax.legend(curves, [line.get_label() for line in curves], loc=corner)
             for line in legend.get_lines():
                 line.set_linewidth(1.8)

@@ -127,10 +127,7 @@ def make_autocast(device, dtype):
 def train_step(model, params, optimizer, loader, device, autocast):
     """A step of train() with one micro-step. Returns its loss. params: a list of the parameters of model."""
     optimizer.zero_grad(set_to_none=True)
-    x, y = loader.next_batch()
-    if device.type == "cuda":
-        x, y = x.pin_memory(), y.pin_memory()
-    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    x, y = loader.next_batch(device)
     with autocast:
         _, loss = model(x, y)
     loss.backward()

@@ -5,11 +5,13 @@
 Times are medians of one process on one GPU, of steps after the first ones. Nothing fails for being slow.
 """
 
+import functools
 import statistics
 import time
 
 import pytest
 import torch
+from benchmark import WithTargets, timed, train_step
 from conftest import ROOT, TINY, names_in, read_log, run_script
 
 import hellaswag
@@ -54,48 +56,15 @@ def test_a_run_matches_the_cpu_and_resumes(train, tmp_path, flags):
     assert losses(tmp_path / "gpu", "train") == pytest.approx(before, abs=1e-3)
 
 
-def make_step(model, forward, dtype):
-    """A function that takes a step of B x T tokens, as train() does."""
-    loader = DataLoaderLite(B, T, 0, 1, "train", ROOT / "input.txt")
-    optimizer = GPT.configure_optimizers(model, 0.1, 6e-4)
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-
-    def step():
-        x, y = loader.next_batch(torch.device("cuda"))
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", dtype=dtype):
-            loss = forward(x, y)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        return loss
-
-    return step
-
-
-def median_seconds(step, count=20):
-    for _ in range(5):
-        step()
-    times = []
-    for _ in range(count):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def test_speed_and_memory_beside_transformers():
     """124M parameters, 64 x 1024 tokens, both compiled, in one process: ours, theirs, ours again."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if torch.cuda.get_device_properties(0).total_memory < 70e9:
         pytest.skip("a micro-batch of 64 needs 48 GB, and transformers' more")
+    device = torch.device("cuda")
     torch.set_float32_matmul_precision("high")
-    dtype = train_gpt2.pick_dtype("auto", torch.device("cuda"))
+    dtype = train_gpt2.pick_dtype("auto", device)
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     results = []
     for name in ("ours", "transformers", "ours"):
@@ -104,29 +73,34 @@ def test_speed_and_memory_beside_transformers():
         torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(1337)
         if name == "ours":
-            model = GPT(GPTConfig(vocab_size=50304)).cuda()
-            compiled = torch.compile(model, dynamic=False, fullgraph=True)
-            step = make_step(model, lambda x, y, compiled=compiled: compiled(x, y)[1], dtype)
+            model = GPT(GPTConfig(vocab_size=50304)).to(device)
         else:
-            model = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa", use_cache=False, **no_dropout)).cuda()
-            compiled = torch.compile(model, dynamic=False)
+            theirs = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa", **no_dropout))
+            model = WithTargets(theirs).to(device)
+        step = functools.partial(
+            train_step,
+            torch.compile(model, dynamic=False),
+            list(model.parameters()),
+            GPT.configure_optimizers(model, 0.1, 6e-4),
+            DataLoaderLite(B, T, 0, 1, "train", ROOT / "input.txt"),
+            device,
+            torch.autocast("cuda", dtype=dtype),
+        )
 
-            def forward(x, y, compiled=compiled):
-                logits = compiled(input_ids=x).logits
-                return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        def step_and_wait(step=step):
+            step()
+            torch.cuda.synchronize()
 
-            step = make_step(model, forward, dtype)
         start = time.perf_counter()
-        first_loss = step().item()
-        assert 10.5 < first_loss < 11.3
+        assert 10.5 < step() < 11.3
         first = time.perf_counter() - start
-        seconds = median_seconds(step)
-        assert step().isfinite()
+        timed(step_and_wait, 5)
+        seconds = timed(step_and_wait, 20)
         results.append((name, B * T / seconds))
         rows.append((f"{name}: tokens/s, compiled, {str(dtype)[6:]}, {B} x {T}", f"{B * T / seconds:,.0f}"))
         rows.append((f"{name}: first step, with compilation", f"{first:.0f} s"))
         rows.append((f"{name}: peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"))
-        del model, compiled, step
+        del model, step, step_and_wait
     ours = statistics.mean(speed for name, speed in results if name == "ours")
     rows.append(("ours, times transformers", f"{ours / dict(results)['transformers']:.2f}"))
 
