@@ -386,12 +386,12 @@ def evaluate(model, loader, val_tokens, device, autocast):
     val_loss = torch.zeros((), device=device)
     loader.micro_step = 0
     for start in range(loader.process_rank * batch_tokens, val_tokens, loader.num_processes * batch_tokens):
-        x, y = loader.next_batch()  # (B, T) each
+        x, y = loader.next_batch(device)  # (B, T) each
         y = y.clone()  # it shares memory with x
         y.view(-1)[val_tokens - start :] = -1  # no loss past val_tokens; a smaller batch would recompile
         with autocast:
-            _, loss = model(x.to(device), y.to(device))
-        val_loss += loss * ((y != -1).sum().item() / val_tokens)
+            _, loss = model(x, y)
+        val_loss += loss * (y != -1).sum() / val_tokens
     if loader.num_processes > 1:
         dist.all_reduce(val_loss, op=dist.ReduceOp.SUM)
     return val_loss.item()
@@ -727,16 +727,15 @@ def parse_flags(argv):
     return vars(parser.parse_args(argv))
 
 
-def make_settings(given, saved=None):
-    """The flags that were given, on top of a checkpoint's settings or, without one, of defaults that suit the data."""
-    if saved is None:
+def make_settings(given, base=None):
+    """The flags that were given, on top of base: a checkpoint's settings or, if None, defaults that suit the data."""
+    if base is None:
         shards = HERE / "edu_fineweb10B"
         data = given.get("data", str(shards if shards.exists() else HERE / "input.txt"))
-        name = given.get("model", given.get("init_from"))
-        saved = {"data": data, "log_dir": str(HERE / "log")} | MODELS.get(name, {})
+        base = {"data": data, "log_dir": str(HERE / "log")} | MODELS.get(given.get("model", given.get("init_from")), {})
         if os.path.isfile(data):
-            saved |= TEXT_FILE_SETTINGS
-    settings = Settings(**(saved | given))
+            base |= TEXT_FILE_SETTINGS
+    settings = Settings(**(base | given))
     settings.data = os.path.abspath(settings.data)  # the run may be resumed from another folder
     for f in fields(settings):
         value, least = getattr(settings, f.name), f.metadata["least"]
@@ -836,7 +835,8 @@ def restore(checkpoint, optimizer, scaler, settings, data):
         step = checkpoint["step"]
         assert 0 <= step <= settings.max_steps, f"it has {step} steps, more than --max_steps={settings.max_steps}"
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, saved in zip(params, checkpoint["optimizer"]["state"].values(), strict=True):  # copy_ checks the shapes
+        for p, saved in zip(params, checkpoint["optimizer"]["state"].values(), strict=True):
+            assert saved["exp_avg"].shape == saved["exp_avg_sq"].shape == p.shape, "the optimizer's shapes are wrong"
             optimizer.state[p] = {"step": p.new_tensor(float(saved["step"]))}
             optimizer.state[p] |= {name: torch.empty_like(p).copy_(saved[name]) for name in ("exp_avg", "exp_avg_sq")}
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty unless the run was in float16

@@ -64,7 +64,7 @@ def test_clipping_cuts_the_whole_gradient(train, tmp_path):
     out = train("--max_steps=1", "--grad_clip=0.01")
     norm = torch.cat([g.flatten() for g in gradient_of_first_step(tmp_path / "log")]).norm().item()
     assert norm == pytest.approx(0.01, rel=1e-3)
-    assert float(out.split("| norm ")[1].split()[0]) > 0.1  # the printed norm is the one before clipping
+    assert float(out.split("| norm ")[1].split()[0]) > 0.1  # printed is the norm before clipping
 
 
 def test_two_processes_train_like_one(tmp_path, shards):
@@ -711,7 +711,9 @@ def damage(key, value):
         *[damage("settings", value) for value in ({"maximum_steps": 5}, [])],
         *[damage("config.n_layer", value) for value in ("2", -1, 3)],
         *[damage("optimizer", value) for value in (None, {}, {"state": {}, "param_groups": []})],
-        *[damage("optimizer.state.0.exp_avg", value) for value in (torch.zeros(3), None)],  # a segmentation fault
+        *[damage("optimizer.state.0.exp_avg", value) for value in (torch.zeros(3), None, 5)],  # a segmentation fault
+        # copy_ would take these two, and repeat them in every row
+        *[damage("optimizer.state.0.exp_avg", torch.zeros(n)) for n in (1, 32)],
         damage("optimizer.state.27.exp_avg_sq", torch.zeros(33)),
         damage("optimizer.state.0.exp_avg", torch.zeros(50304, 32).to_sparse()),
         damage("optimizer.state.0.step", torch.zeros(3)),
