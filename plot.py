@@ -6,8 +6,8 @@ Draw the log of train_gpt2.py as a picture: the loss and, if it was measured, th
     python plot.py --tokens_per_step=524288     # over the tokens trained on, instead of the steps
     python plot.py --help                       # every setting
 
-A run with HellaSwag's accuracy is taken for one of the recipe on FineWeb-Edu: beside it, the picture shows published
-runs of the same recipe (--no_reference leaves them out), and a line of text says how its last validation loss compares.
+A run with HellaSwag's accuracy, or with --tokens_per_step=524288, is taken for one of the recipe on FineWeb-Edu. Then
+published runs are drawn beside it (without --no_reference), and a line says how its last validation loss compares.
 A run that is still training can be drawn, too. Needs matplotlib, which training does not: pip install matplotlib
 """
 
@@ -120,9 +120,9 @@ def loss_limits(runs, last, reference):
 
 
 def is_recipe(runs, tokens_per_step):
-    """Whether published runs can be compared: HellaSwag means FineWeb-Edu, and another batch has other steps."""
+    """Whether published runs can be compared: the flag says so or, without it, HellaSwag, which means FineWeb-Edu."""
     with_hella = any(values["hella"] for values in runs.values())
-    return with_hella and tokens_per_step in (None, RECIPE_TOKENS_PER_STEP)
+    return tokens_per_step == RECIPE_TOKENS_PER_STEP or (with_hella and tokens_per_step is None)
 
 
 def draw(runs, tokens_per_step=None, with_reference=True):
@@ -162,7 +162,8 @@ def draw(runs, tokens_per_step=None, with_reference=True):
     if with_reference and is_recipe(runs, tokens_per_step):
         style = {"color": "0.55", "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 4}
         published = {step * scale: values for step, values in PUBLISHED.items() if step <= last}
-        for ax, columns in ((axes[0], slice(2)), (axes[1], slice(2, 3))):  # two losses for each step, one accuracy
+        columns_of_axes = (slice(2), slice(2, 3))  # two losses for each step, one accuracy
+        for ax, columns in zip(axes, columns_of_axes, strict=False):
             dots = [(x, value) for x, values in published.items() for value in values[columns]]
             if dots:
                 ax.plot(*zip(*dots, strict=True), label="published runs", **style)

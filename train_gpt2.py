@@ -303,7 +303,7 @@ def open_tokens(path, split):
             num_train = len(tokens) * 9 // 10
             tokens = tokens[:num_train] if split == "train" else tokens[num_train:]
         is_row = tokens.dtype == np.dtype("<u2") and tokens.ndim == 1 and len(tokens) > 0
-        assert is_row, f"it holds {tokens.dtype} of shape {tokens.shape}, not a row of uint16"
+        assert is_row, f"it must hold uint16 of shape (n,), n > 0, not {tokens.dtype} of shape {tokens.shape}"
     return tokens
 
 

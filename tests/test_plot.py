@@ -207,6 +207,8 @@ def test_published_runs_are_grey_dots_beside_a_run_of_the_recipe():
     figure = plot.draw({"log": recipe_run(19073, 3.07)}, tokens_per_step=524288)
     assert len(dots(figure.axes[0])) == 18 and len(dots(figure.axes[1])) == 9
     assert dots(figure.axes[0])[-1] == pytest.approx((19072 * 524288 / 1e9, 3.083))
+    (loss,) = plot.draw({"log": {**recipe_run(600, 5.2), "hella": {}}}, tokens_per_step=524288).axes  # HellaSwag is off
+    assert [y for _, y in dots(loss)] == [6.099, 6.167, 5.283, 5.315]
     short = {step: 5.0 for step in (0, 100)}
     for runs, tokens, with_reference in [
         ({"log": recipe_run(600, 5.2)}, None, False),
@@ -245,6 +247,9 @@ def test_says_where_the_last_validation_loss_is(tmp_path, capsys, last, loss, ve
     write_log(tmp_path, text)  # another text: it has no HellaSwag
     plot.main([log])
     assert "published" not in capsys.readouterr().out
+    plot.main([log, "--tokens_per_step=524288"])  # unless one says that it is the recipe
+    lines = [line for line in capsys.readouterr().out.splitlines() if "published" in line]
+    assert lines == ([f"{tmp_path.name}: validation loss {loss:.4f} {verdict}"] if verdict else [])
 
 
 def test_the_reference_is_the_readmes():
