@@ -200,8 +200,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder):
         """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder saved by transformers.
         Raises UserError if the weights cannot be found, or are not those of a GPT-2."""
-        expected = f"one of {', '.join(MODELS)}, or a folder with config.json and *.safetensors"
-        with reported_as(f"{name_or_folder} cannot be loaded, it must be {expected} (pickled .bin is not read)"):
+        with reported_as(f"{name_or_folder} cannot be loaded (use gpt2 to gpt2-xl, or a folder with *.safetensors)"):
             folder = Path(name_or_folder)
             if name_or_folder in MODELS:
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
@@ -232,7 +231,7 @@ class GPT(nn.Module):
             tensors[name] = (tensor.t() if name.endswith(HF_TRANSPOSED) else tensor).contiguous()
         config = {hf_name: getattr(self.config, name) for name, hf_name in HF_NAMES.items()} | HF_VALUES
         config |= {"architectures": ["GPT2LMHeadModel"], "vocab_size": len(tensors["transformer.wte.weight"])}
-        weights = save(tensors, metadata={"format": "pt"})
+        weights = save(tensors, metadata={"format": "pt"})  # save_file() would make a file that only its owner can read
         replace_file(folder / "model.safetensors", lambda path: path.write_bytes(weights))
         replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config), encoding="utf-8"))
 
@@ -320,8 +319,9 @@ class DataLoaderLite:
         self.process_rank, self.num_processes = process_rank, num_processes
         self.micro_step = 0  # since the start of the run; set it to jump
         root = Path(data_root)
-        shards = sorted(root.glob(f"[!.]*_{split}*"))  # such as edufineweb_train_000001.npy
-        self.shards = [root] if root.is_file() else [path for path in shards if path.suffix in (".npy", ".bin")]
+        is_text = root.is_file() and root.suffix not in (".npy", ".bin")
+        shards = sorted(root.glob(f"[!.]*_{split}_[0-9]*"))  # such as edufineweb_train_000001.npy
+        self.shards = [root] if is_text else [path for path in shards if path.suffix in (".npy", ".bin")]
         if not self.shards:
             raise UserError(f"--data={data_root} has no {split} shard: name a folder of shards or a text file")
         self.lengths = [len(open_tokens(path, split)) for path in self.shards]
@@ -431,8 +431,8 @@ def get_ranks():
     """(rank, local_rank, world_size) from torchrun; (0, 0, 1) without it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 0, 1
-    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
-        raise UserError("WORLD_SIZE is set, RANK and LOCAL_RANK are not: start with torchrun, or unset WORLD_SIZE")
+    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError("WORLD_SIZE is set, but not RANK and the others: start with torchrun, or unset WORLD_SIZE")
     return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
@@ -614,7 +614,7 @@ def train(settings, given, checkpoint):
     print0(f"device: {world_size} x {name}, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}")
     print0(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {raw_model.config}")
     print0(f"data: {train_loader.num_tokens:,} tokens, validation {val_loader.num_tokens:,}, from {settings.data}")
-    print0(f"step: {settings.total_batch_size:,} tokens, {B=}, {T=}, {grad_accum_steps=}, {world_size=}")
+    print0(f"step: {settings.total_batch_size:,} tokens, {B=}, {T=}, {grad_accum_steps=}, {world_size=}, {start_step=}")
 
     caught = catch_signals() if settings.max_steps > 0 else []  # the numbers of signals that arrive from now on
     stopped_by = 0  # the number of the signal that all ranks have agreed on

@@ -116,6 +116,20 @@ def test_text_file_is_split_nine_to_one(tmp_path):
     assert val.read(0, val.num_tokens).tolist() == tokens[split:]
 
 
+def test_one_shard_is_not_both_splits(tmp_path):
+    """As a text file is: it would validate on what it trains on."""
+    good_folder(tmp_path)
+    with pytest.raises(UserError, match=r"x_train_000000\.npy has no val shard: name a folder of shards"):
+        DataLoaderLite(1, 4, 0, 1, "val", tmp_path / "x_train_000000.npy")
+
+
+def test_a_shard_belongs_to_the_split_before_its_number(tmp_path):
+    for name in ("my_train_val_000000.npy", "my_train_train_000001.npy", "my_train_texts.npy"):
+        np.save(tmp_path / name, np.arange(50, dtype=np.uint16))
+    for split, name in {"val": "my_train_val_000000.npy", "train": "my_train_train_000001.npy"}.items():
+        assert [path.name for path in DataLoaderLite(1, 4, 0, 1, split, tmp_path).shards] == [name]
+
+
 def good_folder(folder):
     np.save(folder / "x_train_000000.npy", np.arange(50, dtype=np.uint16))
     np.save(folder / "x_train_000001.npy", np.arange(50, dtype=np.uint16))
