@@ -12,7 +12,6 @@ the length of a token's vector, its channels. The lecture adds one trick after a
 A100: float32 1000 ms, TF32 333, bf16 300, torch.compile 130, FlashAttention 96, padded vocabulary 93, fused AdamW 90.
 """
 
-import argparse
 import ctypes
 import json
 import math
@@ -26,6 +25,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -130,14 +130,6 @@ class Block(nn.Module):
         return x
 
 
-# For section 2, the library transformers: its names for the fields of GPTConfig, what makes one of its models a GPT-2,
-# and the weights that it stores as (in, out), like OpenAI, where nn.Linear has (out, in).
-HF_NAMES = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-HF_VALUES = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-HF_VALUES |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-HF_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
 class GPT(nn.Module):
     """GPT-2: embeddings, a stack of blocks, and lm_head, which scores every token of the vocabulary as the next one."""
 
@@ -196,6 +188,13 @@ class GPT(nn.Module):
     # 2. OpenAI's weights, in and out
     # Loading them tests the model above: if it has a mistake, --init_from=gpt2 --max_steps=0 usually prints nonsense.
 
+    # What the library transformers calls the fields of GPTConfig, the values that make one of its models a GPT-2, and
+    # the weights that it stores as (in, out), like OpenAI, where nn.Linear has (out, in).
+    HF_NAMES = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    HF_VALUES: ClassVar = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    HF_VALUES |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    HF_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
     @classmethod
     def from_pretrained(cls, name_or_folder):
         """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder saved by transformers.
@@ -206,15 +205,15 @@ class GPT(nn.Module):
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
                 folder = Path(snapshot_download(repo, allow_patterns=files))
             saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            for name, value in HF_VALUES.items():
+            for name, value in cls.HF_VALUES.items():
                 assert saved.get(name, value) == value, f"config.json has {name} {saved[name]}, not {value}"
-            model = cls(GPTConfig(**{name: saved[hf_name] for name, hf_name in HF_NAMES.items()}))
+            model = cls(GPTConfig(**{name: saved[hf_name] for name, hf_name in cls.HF_NAMES.items()}))
             state_dict = {}
             for file in folder.glob("*.safetensors"):  # large models are split into several files
                 for name, tensor in load_file(file).items():
                     name = "transformer." + name.removeprefix("transformer.")  # gpt2's own files lack this prefix
                     if name in model.state_dict():  # the files also hold causal masks
-                        state_dict[name] = tensor.t() if name.endswith(HF_TRANSPOSED) else tensor
+                        state_dict[name] = tensor.t() if name.endswith(cls.HF_TRANSPOSED) else tensor
             state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
             model.load_state_dict(state_dict)
         return model
@@ -228,8 +227,8 @@ class GPT(nn.Module):
             tensor = p.detach().float().cpu()
             if name == "transformer.wte.weight":
                 tensor = tensor[:GPT2_VOCAB_SIZE]
-            tensors[name] = (tensor.t() if name.endswith(HF_TRANSPOSED) else tensor).contiguous()
-        config = {hf_name: getattr(self.config, name) for name, hf_name in HF_NAMES.items()} | HF_VALUES
+            tensors[name] = (tensor.t() if name.endswith(self.HF_TRANSPOSED) else tensor).contiguous()
+        config = {hf_name: getattr(self.config, name) for name, hf_name in self.HF_NAMES.items()} | self.HF_VALUES
         config |= {"architectures": ["GPT2LMHeadModel"], "vocab_size": len(tensors["transformer.wte.weight"])}
         weights = save(tensors, metadata={"format": "pt"})  # save_file() would make a file that only its owner can read
         replace_file(folder / "model.safetensors", lambda path: path.write_bytes(weights))
@@ -284,7 +283,7 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Data
-# fineweb.py joins documents, <|endoftext|> before each, into one stream of tokens, cut into files of 100M: the shards.
+# fineweb.py joins all documents, each after <|endoftext|>, into one stream, cut into files of 100M tokens: the shards.
 
 
 def open_tokens(path, split):
@@ -312,7 +311,7 @@ class DataLoaderLite:
     The shards form one endless, repeating stream, read in windows of T tokens. In micro-step k of the run (section 9),
     process r reads the B windows from number (k * num_processes + r) * B on. The position is computed, not stored:
     processes cannot drift apart, and a resumed run repeats and skips nothing, even on another number of GPUs. With
-    shuffle, each epoch has a new random order: FineWeb-Edu's own makes waves in the loss (published gain: 0.017)."""
+    shuffle, each epoch has a new random order: FineWeb-Edu's shows as waves in the loss (published gain: 0.017)."""
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root, shuffle=False, seed=1337):
         self.B, self.T, self.split, self.shuffle, self.seed = B, T, split, shuffle, seed
@@ -545,7 +544,7 @@ class Settings:
     compile: str = setting("auto", "torch.compile: auto (on CUDA), True or False", ("auto", True, False))
 
 
-# These suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy: a lower max_lr.
+# These suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy, so max_lr is lower.
 TEXT_FILE_SETTINGS = {"block_size": 128, "total_batch_size": 1024, "micro_batch_size": 4}
 TEXT_FILE_SETTINGS |= {"max_steps": 60, "warmup_steps": 10, "max_lr": 3e-4}
 TEXT_FILE_SETTINGS |= {"eval_interval": 20, "val_tokens": 2048, "hellaswag": "off", "prompt": "ROMEO:\n"}
@@ -598,7 +597,7 @@ def train(settings, given, checkpoint):
     use_hellaswag = settings.eval_interval > 0 and settings.hellaswag != "off"
     examples = load_hellaswag(settings.hellaswag, raw_model.config.block_size) if use_hellaswag else []
 
-    # Optimizer, resume. data: what decides which tokens come when; it has to be the same on all ranks and on resuming.
+    # Optimizer, resume. data: all that decides which tokens come when. It must be the same on all ranks and on resume.
     min_lr = 0.1 * settings.max_lr if settings.min_lr is None else settings.min_lr
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr)
     data = {"total_batch_size": settings.total_batch_size, "shuffle": [settings.seed, T] if settings.shuffle else None}
@@ -621,7 +620,7 @@ def train(settings, given, checkpoint):
     saved = True  # whether the last checkpoint could be written
     x, y = train_loader.next_batch(device)  # (B, T) each
     for step in range(start_step, settings.max_steps + 1):
-        # One pass more than there are steps: it only evaluates and saves the final model.
+        # There is one extra pass: after the last step, it only evaluates and saves the final model.
         last_step = step == settings.max_steps
         evaluate_now = settings.eval_interval and (step % settings.eval_interval == 0 or last_step) and not stopped_by
         save_now = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
@@ -717,14 +716,14 @@ def train(settings, given, checkpoint):
 
 def parse_flags(argv):
     """The flags that were given: {name: value}. Raises UserError for a wrong one."""
-    parser = fineweb.Parser(prog="train_gpt2.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = fineweb.Parser(prog="train_gpt2.py", allow_abbrev=False)
     for f in fields(Settings):
         default = "" if f.default in (None, "") else f" [{f.default}]"
         options = {"type": f.type, "choices": f.metadata["choices"], "metavar": f.name.upper()}
         if True in (options["choices"] or ()):  # --resume is short for --resume=True
             options |= {"type": lambda s: {"True": True, "False": False}.get(s, s), "nargs": "?", "const": True}
         parser.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **options)
-    return vars(parser.parse_args(argv))
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
 def make_settings(given, base=None):
@@ -817,7 +816,7 @@ def build_model(settings, given, checkpoint):
             model = GPT(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
     elif settings.init_from == "scratch":
-        model = GPT(GPTConfig(**{name: getattr(settings, name) for name in HF_NAMES}))
+        model = GPT(GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)}))
     else:
         model = GPT.from_pretrained(settings.init_from)
     for name, size in asdict(model.config).items():

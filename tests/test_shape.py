@@ -13,7 +13,7 @@ SECTIONS = [
     *("command line", "checkpoints", "log", "signals"),
 ]
 LESSON = {
-    *("HERE", "GPT2_VOCAB_SIZE", "MODELS", "HF_NAMES", "HF_VALUES", "HF_TRANSPOSED"),
+    *("HERE", "GPT2_VOCAB_SIZE", "MODELS"),
     *("GPTConfig", "CausalSelfAttention", "MLP", "Block", "GPT", "get_lr", "open_tokens", "DataLoaderLite"),
     *("evaluate", "load_hellaswag", "print_samples", "get_ranks", "print0", "pick_device"),
     *("pick_dtype", "keep_freed_memory", "can_compile", "setting", "Settings", "TEXT_FILE_SETTINGS", "train"),
