@@ -160,7 +160,7 @@ def draw(runs, tokens_per_step=None, with_reference=True):
         curve(axes[0], values["val"], color=f"C{i}", linewidth=1.8, zorder=3, label=f"validation{of_run}")
         curve(axes[-1], values["hella"], color=f"C{i}", linewidth=1.8, zorder=3, label=name)
     if with_reference and is_recipe(runs, tokens_per_step):
-        style = {"color": "0.55", "marker": "o", "markersize": 3.5, "linestyle": "none", "zorder": 4}
+        style = {"color": "0.65", "marker": "o", "markersize": 6, "linestyle": "none", "zorder": 2}  # behind the run
         published = {step * scale: values for step, values in PUBLISHED.items() if step <= last}
         columns_of_axes = (slice(2), slice(2, 3))  # two losses for each step, one accuracy
         for ax, columns in zip(axes, columns_of_axes, strict=False):

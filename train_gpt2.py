@@ -199,7 +199,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder):
         """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder saved by transformers.
         Raises UserError if the weights cannot be found, or are not those of a GPT-2."""
-        with reported_as(f"{name_or_folder} cannot be loaded (use gpt2 to gpt2-xl, or a folder with *.safetensors)"):
+        with reported_as(f"{name_or_folder} cannot be loaded (use gpt2 to gpt2-xl, a checkpoint or safetensors folder)"):
             folder = Path(name_or_folder)
             if name_or_folder in MODELS:
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
@@ -322,7 +322,7 @@ class DataLoaderLite:
         shards = sorted(root.glob(f"[!.]*_{split}_[0-9]*"))  # such as edufineweb_train_000001.npy
         self.shards = [root] if is_text else [path for path in shards if path.suffix in (".npy", ".bin")]
         if not self.shards:
-            raise UserError(f"--data={data_root} has no {split} shard: name a folder of shards or a text file")
+            raise UserError(f"--data={data_root} must be a text file, or a folder that has *_{split}_NNNNNN.npy")
         self.lengths = [len(open_tokens(path, split)) for path in self.shards]
         self.contents = {f"{split} {path.name}": n for path, n in zip(self.shards, self.lengths, strict=True)}
         self.ends = np.cumsum(self.lengths)  # where in the stream each shard ends
@@ -730,7 +730,7 @@ def make_settings(given, base=None):
     """The flags that were given, on top of base: a checkpoint's settings or, if None, defaults that suit the data."""
     if base is None:
         shards = HERE / "edu_fineweb10B"
-        data = given.get("data", str(shards if shards.exists() else HERE / "input.txt"))
+        data = given.get("data", str(shards if any(shards.glob("[!.]*")) else HERE / "input.txt"))
         base = {"data": data, "log_dir": str(HERE / "log")} | MODELS.get(given.get("model", given.get("init_from")), {})
         if os.path.isfile(data):
             base |= TEXT_FILE_SETTINGS

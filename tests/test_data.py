@@ -119,7 +119,7 @@ def test_text_file_is_split_nine_to_one(tmp_path):
 def test_one_shard_is_not_both_splits(tmp_path):
     """As a text file is: it would validate on what it trains on."""
     good_folder(tmp_path)
-    with pytest.raises(UserError, match=r"x_train_000000\.npy has no val shard: name a folder of shards"):
+    with pytest.raises(UserError, match=r"x_train_000000\.npy must be a text file, or a folder that has"):
         DataLoaderLite(1, 4, 0, 1, "val", tmp_path / "x_train_000000.npy")
 
 
@@ -209,8 +209,8 @@ def test_shard_that_changes_during_training_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "name a folder of shards or a text file"),
-        (lambda path: path.mkdir(), "has no val shard"),
+        (lambda path: None, "must be a text file, or a folder that has .*_val_NNNNNN.npy"),
+        (lambda path: path.mkdir(), "a folder that has .*_val_NNNNNN.npy"),
         (lambda path: path.write_text(""), r"data .*(shape \(0,\)|0 val tokens)"),
         (lambda path: path.write_text("Hi"), "1 val tokens"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00" * 40), "data cannot be used.*utf-8"),

@@ -575,7 +575,9 @@ def test_absent_default_data_means_input_txt_and_flags_still_override(tmp_path, 
     settings = train_gpt2.make_settings({"max_steps": 7})
     assert settings.data == str(tmp_path / "input.txt")
     assert (settings.max_steps, settings.total_batch_size, settings.model) == (7, 1024, "gpt2")
-    (tmp_path / "edu_fineweb10B").mkdir()
+    (tmp_path / "edu_fineweb10B" / ".download").mkdir(parents=True)  # nothing could be downloaded
+    assert train_gpt2.make_settings({}).data == str(tmp_path / "input.txt")
+    (tmp_path / "edu_fineweb10B" / "edufineweb_val_000000.npy").touch()
     settings = train_gpt2.make_settings({"max_steps": 7})
     assert settings.data == str(tmp_path / "edu_fineweb10B")
     assert (settings.max_steps, settings.total_batch_size) == (7, 2**19)
@@ -601,8 +603,8 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--device=gpu"], "--device=gpu is not available"),
         (["--device=meta"], "--device=meta is not available"),
-        (["--init_from=gpt5"], "gpt5 cannot be loaded .use gpt2 to gpt2-xl, or"),
-        (["--data=nowhere"], "--data=.*nowhere has no train shard: name a folder of shards or a text file"),
+        (["--init_from=gpt5"], "gpt5 cannot be loaded .use gpt2 to gpt2-xl, a checkpoint or"),
+        (["--data=nowhere"], "--data=.*nowhere must be a text file, or a folder that has .*_train_NNNNNN.npy"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
         (["--n_embd=1000000000", "--n_head=1"], "out of (GPU )?memory|too large"),
         (["--total_batch_size=4294967296", "--micro_batch_size=3"], "--micro_batch_size=3 does not divide .*: use 2"),
@@ -644,7 +646,7 @@ def test_the_script_itself_ends_in_one_line_without_traceback(tmp_path):
         assert run.returncode == status
         assert len(run.stderr.splitlines()) == 1
         assert run.stderr.startswith(message)
-    assert "has no val shard" in run.stderr
+    assert "a folder that has *_val_NNNNNN.npy" in run.stderr
     run = run_script("--lr=1", nproc=2)
     assert run.returncode == 1  # torchrun's own
     assert run.stderr.count("unrecognized arguments: --lr=1") == 1  # rank 0 reports it for all
