@@ -199,7 +199,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder):
         """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder saved by transformers.
         Raises UserError if the weights cannot be found, or are not those of a GPT-2."""
-        with reported_as(f"{name_or_folder} cannot be loaded (use gpt2 to gpt2-xl, a checkpoint or safetensors folder)"):
+        with reported_as(f"{name_or_folder} cannot be loaded; use gpt2 to gpt2-xl, a checkpoint or safetensors folder"):
             folder = Path(name_or_folder)
             if name_or_folder in MODELS:
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
