@@ -79,6 +79,7 @@ def run_main(main, interrupted="run the same command again"):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the exit
         print(f"\n{Path(sys.argv[0]).name}: interrupted: {interrupted}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
@@ -294,8 +295,7 @@ def write_shards(index, dataset, options):
 
 
 def fetch_shards(count, out):
-    """Download llm.c's validation shard of FineWeb-Edu and the first `count` for training, 100M tokens (200 MB) each.
-    What is there already is not downloaded again. Raises UserError."""
+    """Download the validation shard and the first `count` for training, unless they are there. Raises UserError."""
     if any(out.glob("*.npy")):
         raise UserError(f"{out} has shards of another kind (.npy): name another --out")
     for i in range(count + 1):
