@@ -119,9 +119,8 @@ def loss_limits(runs, last, reference):
     return bottom - margin, top + margin
 
 
-def is_recipe(runs, tokens_per_step):
+def is_recipe(with_hella, tokens_per_step):
     """Whether published runs can be compared: the flag says so or, without it, HellaSwag, which means FineWeb-Edu."""
-    with_hella = any(values["hella"] for values in runs.values())
     return tokens_per_step == RECIPE_TOKENS_PER_STEP or (with_hella and tokens_per_step is None)
 
 
@@ -159,7 +158,7 @@ def draw(runs, tokens_per_step=None, with_reference=True):
         curve(axes[0], values["train"], color=f"C{i}", linewidth=0.9, alpha=0.35, label=f"training{of_run}")
         curve(axes[0], values["val"], color=f"C{i}", linewidth=1.8, zorder=3, label=f"validation{of_run}")
         curve(axes[-1], values["hella"], color=f"C{i}", linewidth=1.8, zorder=3, label=name)
-    if with_reference and is_recipe(runs, tokens_per_step):
+    if with_reference and is_recipe(with_hella, tokens_per_step):
         style = {"color": "0.65", "marker": "o", "markersize": 6, "linestyle": "none", "zorder": 2}  # behind the run
         published = {step * scale: values for step, values in PUBLISHED.items() if step <= last}
         columns_of_axes = (slice(2), slice(2, 3))  # two losses for each step, one accuracy
@@ -220,7 +219,7 @@ def main(argv=None):
         raise UserError(f"{out} cannot be written ({error.strerror}): name another with --out") from error
     for name, values in runs.items():
         print(summarize(name, values))
-        comparison = compare(values) if is_recipe({name: values}, options.tokens_per_step) else None
+        comparison = compare(values) if is_recipe(values["hella"], options.tokens_per_step) else None
         if comparison and not options.no_reference:
             print(f"{name}: {comparison}")
     print(f"picture: {out}")
