@@ -244,7 +244,7 @@ def open_index(options):
     if not options.verify and not (options.out / "index.json").exists() and not any(options.out.glob("*.[nb][pi][yn]")):
         counts = {"documents": 0, "skipped": 0, "tokens": 0}
         return {"settings": settings, "complete": False, **counts, "resume": [0, 0], "shards": []}
-    with reported_as(f"{options.out}/index.json cannot be read (not made by this command? name another --out)"):
+    with reported_as(f"{options.out}/index.json cannot be read (name another --out)"):
         index = json.loads((options.out / "index.json").read_text(encoding="utf-8"))
         old, shards = index["settings"], tqdm(index["shards"], unit="shard", disable=not options.verify)
     for name, value in settings.items():

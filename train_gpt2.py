@@ -199,7 +199,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder):
         """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder saved by transformers.
         Raises UserError if the weights cannot be found, or are not those of a GPT-2."""
-        with reported_as(f"{name_or_folder} cannot be loaded; use gpt2 to gpt2-xl, a checkpoint or safetensors folder"):
+        expected = f"one of {', '.join(MODELS)}, or a folder with config.json and *.safetensors"
+        with reported_as(f"{name_or_folder} cannot be loaded, it must be {expected} (pickled .bin is not read)"):
             folder = Path(name_or_folder)
             if name_or_folder in MODELS:
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
@@ -319,8 +320,8 @@ class DataLoaderLite:
         self.micro_step = 0  # since the start of the run; set it to jump
         root = Path(data_root)
         is_text = root.is_file() and root.suffix not in (".npy", ".bin")
-        shards = sorted(root.glob(f"[!.]*_{split}_[0-9]*"))  # such as edufineweb_train_000001.npy
-        self.shards = [root] if is_text else [path for path in shards if path.suffix in (".npy", ".bin")]
+        names = rf"[^.].*_{split}(_\d+)?\.(npy|bin)"  # such as edufineweb_train_000001.npy, tiny_shakespeare_train.bin
+        self.shards = [root] if is_text else [p for p in sorted(root.glob("*")) if re.fullmatch(names, p.name)]
         if not self.shards:
             raise UserError(f"--data={data_root} must be a text file, or a folder that has *_{split}_NNNNNN.npy")
         self.lengths = [len(open_tokens(path, split)) for path in self.shards]
@@ -482,9 +483,8 @@ def keep_freed_memory():
 
 def can_compile(device):
     """Whether torch.compile works here: it needs a C++ compiler for the CPU, Triton and a C compiler for a GPU."""
-    x = torch.ones(8, device=device, requires_grad=True)
     try:
-        torch.compile(lambda x: (x * 2.0).sum())(x).backward()
+        torch.compile(lambda x: (x * 2.0).sum())(torch.ones(8, device=device, requires_grad=True)).backward()
     except (RuntimeError, ImportError, OSError) as error:
         print0(f"warning: torch.compile does not work here ({type(error).__name__}), running without it: slower")
         return False

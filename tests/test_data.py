@@ -124,10 +124,17 @@ def test_one_shard_is_not_both_splits(tmp_path):
 
 
 def test_a_shard_belongs_to_the_split_before_its_number(tmp_path):
-    for name in ("my_train_val_000000.npy", "my_train_train_000001.npy", "my_train_texts.npy"):
+    for name in ("my_train_val_000000.npy", "my_train_train_000001.npy", "my_train_texts.npy", ".x_val_000000.npy"):
         np.save(tmp_path / name, np.arange(50, dtype=np.uint16))
     for split, name in {"val": "my_train_val_000000.npy", "train": "my_train_train_000001.npy"}.items():
         assert [path.name for path in DataLoaderLite(1, 4, 0, 1, split, tmp_path).shards] == [name]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_shard_without_a_number(tmp_path, split):
+    """As llm.c's tiny_shakespeare_train.bin."""
+    write_bin(tmp_path / f"tiny_shakespeare_{split}.bin", np.arange(50, dtype=np.uint16))
+    assert DataLoaderLite(1, 4, 0, 1, split, tmp_path).num_tokens == 50
 
 
 def good_folder(folder):

@@ -253,7 +253,7 @@ def test_other_settings_or_foreign_shards_are_not_mixed_in(hub, reference, tmp_p
             fineweb.main([f"--dataset={hub[0]}", f"--out={reference}", *flags])
     assert read_bytes(reference) == before
     np.save(tmp_path / "someone_train_000000.npy", np.zeros(5, dtype=np.uint16))
-    with pytest.raises(UserError, match=r"index\.json cannot be read .*name another --out\): .*No such file"):
+    with pytest.raises(UserError, match=r"index\.json cannot be read \(name another --out\): .*No such file"):
         fineweb.main([f"--dataset={hub[0]}", f"--out={tmp_path}"])
 
 

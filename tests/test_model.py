@@ -109,7 +109,7 @@ def pickled_weights_only(folder):
     [
         (remove_tensor, r"Missing key.*h\.1\.mlp\.c_fc\.weight"),
         (misshape_tensor, r"size mismatch for .*h\.2\.ln_1\.bias.*\[47\].*\[48\]"),
-        (pickled_weights_only, "safetensors folder"),
+        (pickled_weights_only, r"\*\.safetensors \(pickled \.bin is not read\)"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "cannot be loaded"),
