@@ -476,15 +476,15 @@ def keep_freed_memory():
     """Let the C library keep freed memory. By default it returns large blocks to the system, which zeroes each page
     before handing it out again: steps on the CPU take 1.3 to 1.5 times as long. Source: mallopt(3)."""
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block directly from the system
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: take no block directly from the system
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def can_compile(device):
     """Whether torch.compile works here: it needs a C++ compiler for the CPU, Triton and a C compiler for a GPU."""
+    x = torch.ones(8, device=device, requires_grad=True)  # fails on a GPU that torch does not support: see main()
     try:
-        torch.compile(lambda x: (x * 2.0).sum())(torch.ones(8, device=device, requires_grad=True)).backward()
+        torch.compile(lambda x: (x * 2.0).sum())(x).backward()
     except (RuntimeError, ImportError, OSError) as error:
         print0(f"warning: torch.compile does not work here ({type(error).__name__}), running without it: slower")
         return False

@@ -214,6 +214,16 @@ def test_without_a_compiler_the_run_is_eager_with_one_warning(train, monkeypatch
     assert ", eager\n" in out
 
 
+def test_a_gpu_without_kernels_is_not_taken_for_a_missing_compiler(train, monkeypatch, capsys):
+    def unsupported(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "ones", unsupported)
+    with pytest.raises(UserError, match="this build of torch does not support this GPU"):
+        train("--compile=True")
+    assert "torch.compile does not work" not in capsys.readouterr().out
+
+
 def test_float16_scales_the_gradients(train, tmp_path):
     train(f"--log_dir={tmp_path / 'full'}")
     train(f"--log_dir={tmp_path / 'half'}", "--dtype=float16")
