@@ -139,17 +139,17 @@ def save_tokenizer(folder, max_length):
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": max_length, "add_prefix_space": False}
     config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     encoder_json, vocab_bpe = vocabulary_files()
-    contents = {"vocab.json": encoder_json.read_bytes(), "merges.txt": vocab_bpe.read_bytes()}
-    contents["tokenizer_config.json"] = json.dumps(config).encode()
-    for name, content in contents.items():
-        replace_file(Path(folder) / name, lambda path, content=content: path.write_bytes(content))
+    replace_file(folder / "vocab.json", lambda path: path.write_bytes(encoder_json.read_bytes()))
+    replace_file(folder / "merges.txt", lambda path: path.write_bytes(vocab_bpe.read_bytes()))
+    replace_file(folder / "tokenizer_config.json", lambda path: path.write_text(json.dumps(config), encoding="utf-8"))
 
 
 @functools.cache
 def tokenize_file(path):
-    """The tokens of a text file: (n,) uint16. Raises an error if it is not UTF-8."""
-    text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows puts in front
-    return np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+    """The tokens of a text file: {"train": its first nine tenths, "val": the rest}, (n,) uint16 each."""
+    tokens = gpt2_encoding().encode_ordinary(path.read_text(encoding="utf-8-sig"))  # -sig: drops Windows' mark
+    train, val = np.split(np.array(tokens, dtype=np.uint16), [len(tokens) * 9 // 10])
+    return {"train": train, "val": val}
 
 
 def tokenize(texts):
@@ -158,8 +158,7 @@ def tokenize(texts):
     end_of_text = np.array([END_OF_TEXT], dtype=np.uint32)
     documents = [text for text in texts if isinstance(text, str) and text]
     pieces = [end_of_text[:0]]  # np.concatenate needs at least one
-    for text in documents:
-        # Takes a tenth less time than encode_ordinary, which makes a Python list of Python integers.
+    for text in documents:  # encode_ordinary would make lists of Python integers, and take a tenth longer
         pieces += [end_of_text, gpt2_encoding().encode_to_numpy(text, disallowed_special=())]
     return np.concatenate(pieces).astype(np.uint16), len(texts) - len(documents)
 

@@ -21,27 +21,23 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
 import hellaswag
-from fineweb import UserError, gpt2_encoding, replace_file, reported_as  # reported_as: any error becomes a UserError
+from fineweb import HERE, UserError, gpt2_encoding, replace_file, reported_as  # reported_as: errors become UserErrors
 
-HERE = Path(__file__).resolve().parent
 GPT2_VOCAB_SIZE = 50257  # tokens are pieces of text: 256 bytes, 50,000 learned merges of them, and <|endoftext|>
 
 # The sizes of GPT-2, with the peak learning rates of GPT-3's models of about these sizes (its table 2.1).
@@ -191,14 +187,17 @@ class GPT(nn.Module):
     # What the library transformers calls the fields of GPTConfig, the values that make one of its models a GPT-2, and
     # the weights that it stores as (in, out), like OpenAI, where nn.Linear has (out, in).
     HF_NAMES = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    HF_VALUES: ClassVar = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-    HF_VALUES |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    HF_VALUES = (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5), ("scale_attn_weights", True))
+    HF_VALUES += (("model_type", "gpt2"), ("tie_word_embeddings", True), ("scale_attn_by_inverse_layer_idx", False))
     HF_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
         """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder saved by transformers.
         Raises UserError if the weights cannot be found, or are not those of a GPT-2."""
+        from huggingface_hub import snapshot_download
+        from safetensors.torch import load_file
+
         expected = f"one of {', '.join(MODELS)}, or a folder with config.json and *.safetensors"
         with reported_as(f"{name_or_folder} cannot be loaded, it must be {expected} (pickled .bin is not read)"):
             folder = Path(name_or_folder)
@@ -206,7 +205,7 @@ class GPT(nn.Module):
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
                 folder = Path(snapshot_download(repo, allow_patterns=files))
             saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            for name, value in cls.HF_VALUES.items():
+            for name, value in cls.HF_VALUES:
                 assert saved.get(name, value) == value, f"config.json has {name} {saved[name]}, not {value}"
             model = cls(GPTConfig(**{name: saved[hf_name] for name, hf_name in cls.HF_NAMES.items()}))
             state_dict = {}
@@ -219,21 +218,34 @@ class GPT(nn.Module):
             model.load_state_dict(state_dict)
         return model
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """The model of a checkpoint (section 11). Raises UserError if its weights do not fit its config."""
+        with reported_as("the weights in the checkpoint do not fit its config"):
+            model = cls(GPTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
+        return model
+
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors for transformers: in float32, without the vocabulary's padding."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write a new folder that transformers loads: config, tokenizer, and the weights in float32, without the
+        vocabulary's padding. Raises UserError if the folder exists, or cannot be written."""
+        from safetensors.torch import save
+
         tensors = {}
         for name, p in self.named_parameters():
             tensor = p.detach().float().cpu()
             if name == "transformer.wte.weight":
                 tensor = tensor[:GPT2_VOCAB_SIZE]
             tensors[name] = (tensor.t() if name.endswith(self.HF_TRANSPOSED) else tensor).contiguous()
-        config = {hf_name: getattr(self.config, name) for name, hf_name in self.HF_NAMES.items()} | self.HF_VALUES
-        config |= {"architectures": ["GPT2LMHeadModel"], "vocab_size": len(tensors["transformer.wte.weight"])}
         weights = save(tensors, metadata={"format": "pt"})  # save_file() would make a file that only its owner can read
-        replace_file(folder / "model.safetensors", lambda path: path.write_bytes(weights))
-        replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config), encoding="utf-8"))
+        config = {hf_name: getattr(self.config, name) for name, hf_name in self.HF_NAMES.items()} | dict(self.HF_VALUES)
+        config |= {"architectures": ["GPT2LMHeadModel"], "vocab_size": len(tensors["transformer.wte.weight"])}
+        with reported_as(f"{folder} cannot be written, name a new folder"):
+            folder = Path(folder)
+            folder.mkdir(parents=True)
+            replace_file(folder / "model.safetensors", lambda path: path.write_bytes(weights))
+            replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config), encoding="utf-8"))
+            fineweb.save_tokenizer(folder, self.config.block_size)
 
     # ------------------------------------------------------------------------------------------------------------------
     # 3. Sampling
@@ -259,7 +271,7 @@ class GPT(nn.Module):
         return idx
 
     # ------------------------------------------------------------------------------------------------------------------
-    # 4. Optimizer and learning rate
+    # 4. Optimizer, learning rate, batch size
 
     def configure_optimizers(self, weight_decay, learning_rate):
         """AdamW (Loshchilov & Hutter 2019) with GPT-3's betas and eps (appendix B)."""
@@ -282,6 +294,17 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
     return min_lr + coeff * (max_lr - min_lr)
 
 
+def fit_micro_batch(settings, given, world_size):
+    """The micro-batch size B: the default, lowered until B divides the sequences that each process has in a step.
+    Raises UserError if the user has given a B that does not, or if the processes cannot share the step."""
+    num_sequences = max(1, settings.total_batch_size // (settings.block_size * world_size))
+    total = num_sequences * settings.block_size * world_size  # tokens
+    B = max(n for n in range(1, min(settings.micro_batch_size, num_sequences) + 1) if num_sequences % n == 0)
+    if settings.total_batch_size != total or ("micro_batch_size" in given and settings.micro_batch_size != B):
+        raise UserError(f"a step must be whole micro-batches: use --total_batch_size={total} --micro_batch_size={B}")
+    return B
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Data
 # fineweb.py joins all documents, each after <|endoftext|>, into one stream, cut into files of 100M tokens: the shards.
@@ -298,12 +321,16 @@ def open_tokens(path, split):
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             assert np.fromfile(path, "<i4", count=3).tolist() == [20240520, 1, len(tokens)], "header and size disagree"
         else:
-            tokens = fineweb.tokenize_file(path)  # cached: it tokenizes once
-            num_train = len(tokens) * 9 // 10
-            tokens = tokens[:num_train] if split == "train" else tokens[num_train:]
+            tokens = fineweb.tokenize_file(path)[split]  # cached: it tokenizes once
         is_row = tokens.dtype == np.dtype("<u2") and tokens.ndim == 1 and len(tokens) > 0
         assert is_row, f"it must hold uint16 of shape (n,), n > 0, not {tokens.dtype} of shape {tokens.shape}"
     return tokens
+
+
+@lru_cache(maxsize=1)  # the recipe has ten million windows: do not shuffle them again for every batch
+def shuffled_windows(num_windows, seed, epoch):
+    """The order in which an epoch reads the windows: (num_windows,)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_windows)
 
 
 class DataLoaderLite:
@@ -324,53 +351,38 @@ class DataLoaderLite:
         self.shards = [root] if is_text else [p for p in sorted(root.glob("*")) if re.fullmatch(names, p.name)]
         if not self.shards:
             raise UserError(f"--data={data_root} must be a text file, or a folder that has *_{split}_NNNNNN.npy")
-        self.lengths = [len(open_tokens(path, split)) for path in self.shards]
-        self.contents = {f"{split} {path.name}": n for path, n in zip(self.shards, self.lengths, strict=True)}
-        self.ends = np.cumsum(self.lengths)  # where in the stream each shard ends
-        self.num_tokens = sum(self.lengths)
-        self.num_windows = max(1, (self.num_tokens - 1) // T)
-        self.epoch = None  # the epoch that self.order belongs to
+        self.contents = {f"{split} {path.name}": len(open_tokens(path, split)) for path in self.shards}
+        self.starts = np.cumsum([0, *self.contents.values()])  # where each shard starts, and the stream ends
+        self.num_tokens = int(self.starts[-1])
         if self.num_tokens < 2:
             raise UserError(f"{data_root} has only {self.num_tokens} {split} tokens: more text is needed")
 
-    def read(self, position, count):
-        """The `count` tokens of the stream that start at `position`: (count,) int64."""
-        pieces = []
-        while count > 0:
-            position %= self.num_tokens
-            i = np.searchsorted(self.ends, position, side="right")  # the shard that holds this position
-            # Open it for every read: a file truncated during the run is then an exception, not a bus error.
-            tokens = open_tokens(self.shards[i], self.split)
-            if len(tokens) != self.lengths[i]:
-                raise UserError(f"{self.shards[i]} has changed since the start: restore it, then use --resume")
-            start = position - self.ends[i] + len(tokens)
-            piece = tokens[start : start + count].astype(np.int64)
-            if piece.max() >= GPT2_VOCAB_SIZE:
-                raise UserError(f"{self.shards[i]} has a token {piece.max()}, GPT-2's largest is 50256: write it again")
-            pieces.append(piece)
-            position += len(piece)
-            count -= len(piece)
-        return torch.from_numpy(np.concatenate(pieces))
+    def read(self, positions):
+        """The tokens at these positions of the stream. positions: int64 of any shape. Returns a tensor like it."""
+        tokens = np.empty_like(positions)
+        shard_numbers = np.searchsorted(self.starts, positions, side="right") - 1  # which shard has each position
+        for i in np.unique(shard_numbers):
+            in_shard = shard_numbers == i
+            with reported_as(f"{self.shards[i]} cannot be used"):
+                # Open it for every read: a file truncated during the run is then an exception, not a bus error.
+                shard = open_tokens(self.shards[i], self.split)
+                assert len(shard) == np.diff(self.starts)[i], "it has changed since the start: restore it, use --resume"
+                tokens[in_shard] = shard[positions[in_shard] - self.starts[i]]
+                assert tokens[in_shard].max() < GPT2_VOCAB_SIZE, "it has a token beyond 50256: write it again"
+        return torch.from_numpy(tokens)
 
     def next_batch(self, device="cpu"):
-        """Inputs x and targets y, (B, T) int64 each, from rows of T + 1 tokens: y[b, t] is the token after x[b, t]."""
-        first = (self.micro_step * self.num_processes + self.process_rank) * self.B  # the number of its first window
+        """Inputs x and targets y, (B, T) int64 each, from windows and the token after them: y[b, t] follows x[b, t]."""
+        windows = (self.micro_step * self.num_processes + self.process_rank) * self.B + np.arange(self.B)  # (B,)
         self.micro_step += 1
         if self.shuffle:
-            tokens = torch.stack([self.read(self.shuffled(i), self.T + 1) for i in range(first, first + self.B)])
-        else:
-            tokens = self.read(first * self.T, self.B * self.T + 1).unfold(0, self.T + 1, self.T).contiguous()
-        if torch.device(device).type == "cuda":
-            tokens = tokens.pin_memory()  # lets the GPU copy them while the CPU continues
+            n = max(1, (self.num_tokens - 1) // self.T)  # windows in an epoch
+            windows = np.array([shuffled_windows(n, self.seed, i // n)[i % n] for i in windows])
+        tokens = self.read((windows[:, None] * self.T + np.arange(self.T + 1)) % self.num_tokens)  # (B, T + 1)
+        # From pinned memory, the GPU copies the tokens by itself while the CPU continues.
+        tokens = tokens.pin_memory() if torch.device(device).type == "cuda" else tokens
         tokens = tokens.to(device, non_blocking=tokens.is_pinned())
         return tokens[:, :-1], tokens[:, 1:]
-
-    def shuffled(self, i):
-        """The position in the stream of the i-th window that the run reads."""
-        epoch, place = divmod(i, self.num_windows)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
-        return self.order[place] * self.T
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,14 +420,16 @@ def load_hellaswag(source, block_size):
         return []
 
 
-def print_samples(model, settings, device, autocast):
+def print_samples(model, settings):
     """Print num_samples continuations of the prompt, each up to its <|endoftext|>."""
+    if settings.prompt == "-":
+        settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
     encoding = gpt2_encoding()
     prompt = encoding.encode_ordinary(settings.prompt) or [encoding.eot_token]  # no prompt: start a document
+    device = model.lm_head.weight.device
     idx = torch.tensor([prompt] * settings.num_samples, device=device)  # (num_samples, T)
     generator = torch.Generator(device=device).manual_seed(settings.seed)  # leaves the training's random state alone
-    with autocast:
-        idx = model.generate(idx, settings.max_new_tokens, settings.temperature, settings.top_k, generator)
+    idx = model.generate(idx, settings.max_new_tokens, settings.temperature, settings.top_k, generator)
     for i, row in enumerate(idx[:, len(prompt) :].tolist()):
         print0(f"sample {i}: {settings.prompt}{encoding.decode(row).split('<|endoftext|>')[0]}")
 
@@ -447,11 +461,9 @@ def print0(text):
 
 def pick_device(name, local_rank=0, world_size=1):
     """The torch.device of this process. Raises UserError if there is no such device."""
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available() and world_size == 1:  # DDP does not support Apple's GPUs
-        devices.append("mps")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else devices[-1]  # mps or cpu
+    mps = ["mps"] if torch.backends.mps.is_available() and world_size == 1 else []  # DDP does not support Apple's GPUs
+    devices = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *mps, "cpu"]
+    name = devices[0] if name == "auto" else name
     if name == "cuda" or (name.startswith("cuda:") and world_size > 1):
         name = f"cuda:{local_rank}"
     if name not in devices:
@@ -461,7 +473,8 @@ def pick_device(name, local_rank=0, world_size=1):
 
 def pick_dtype(name, device):
     """The dtype of matmuls. bfloat16 is float32 with 7 instead of 23 bits of fraction: half the memory traffic, the
-    same range. float16 has a smaller range, in which small gradients become 0, so it needs a gradient scaler."""
+    same range. float16 has a smaller range, in which small gradients become 0. The gradient scaler prevents that: it
+    multiplies the loss, divides the gradients by the same factor, and skips the step if any of them has overflowed."""
     if device.type == "mps" and name in ("bfloat16", "float16"):
         raise UserError(f"--dtype={name} does not train reliably on MPS: use float32")
     if name != "auto":
@@ -498,6 +511,7 @@ def can_compile(device):
 
 
 def setting(default, help, choices=None, least=0):
+    help += "" if default in (None, "") else f" [{default}]"
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
@@ -570,14 +584,12 @@ def train(settings, given, checkpoint):
     if ddp:
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)  # for GPUs, for CPUs
         dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=10))
-        check_ranks_agree(asdict(settings) | {"prompt": None})  # only rank 0 reads a prompt from stdin
+        check_ranks_agree(asdict(settings))
     # Autocast runs matmuls in this dtype. Weights, optimizer state and operations that need precision stay in float32
     # (lecture: 333 to 300 ms; a small gain: memory traffic dominates until torch.compile, and casts add to it).
     dtype = pick_dtype(settings.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    # For float16, the scaler multiplies the loss so that small gradients do not become 0, divides the gradients by the
-    # same factor before the step, and skips the step if any of them has overflowed. For other dtypes it does nothing.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # for other dtypes it does nothing
 
     # Model, torch.compile, DDP. All share the weights of raw_model, which is for checkpoints and varying shapes.
     raw_model = build_model(settings, given, checkpoint).to(device)  # may lower settings.block_size
@@ -587,7 +599,7 @@ def train(settings, given, checkpoint):
     # GPU memory (lecture: 300 to 130 ms). Shapes are fixed; code that it cannot compile is an error, not a slow path.
     model = torch.compile(raw_model, dynamic=False, fullgraph=True) if compiled else raw_model
     if ddp:
-        model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # one copy of the gradients
 
     # Data. A batch of half a million tokens does not fit into memory, so a step accumulates several micro-batches.
     B, T = fit_micro_batch(settings, given, world_size), settings.block_size
@@ -597,7 +609,7 @@ def train(settings, given, checkpoint):
     use_hellaswag = settings.eval_interval > 0 and settings.hellaswag != "off"
     examples = load_hellaswag(settings.hellaswag, raw_model.config.block_size) if use_hellaswag else []
 
-    # Optimizer, resume. data: all that decides which tokens come when. It must be the same on all ranks and on resume.
+    # Optimizer, resume, log. data: what decides which tokens come when: the same on all ranks and on resume.
     min_lr = 0.1 * settings.max_lr if settings.min_lr is None else settings.min_lr
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr)
     data = {"total_batch_size": settings.total_batch_size, "shuffle": [settings.seed, T] if settings.shuffle else None}
@@ -606,7 +618,7 @@ def train(settings, given, checkpoint):
     train_loader.micro_step = start_step * grad_accum_steps
     if ddp:
         check_ranks_agree(data | {"step": start_step, "HellaSwag examples": len(examples)})
-    log, _lock = open_log(settings, start_step, master_process)  # the folder is locked as long as _lock exists
+    log, _lock = open_log(settings, start_step) if master_process and settings.max_steps > 0 else (None, None)
 
     # Start-up message
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -615,7 +627,7 @@ def train(settings, given, checkpoint):
     print0(f"data: {train_loader.num_tokens:,} tokens, validation {val_loader.num_tokens:,}, from {settings.data}")
     print0(f"step: {settings.total_batch_size:,} tokens, {B=}, {T=}, {grad_accum_steps=}, {world_size=}, {start_step=}")
 
-    caught = catch_signals() if settings.max_steps > 0 else []  # the numbers of signals that arrive from now on
+    caught = catch_signals() if settings.max_steps > 0 else []  # the list grows when a signal arrives
     stopped_by = 0  # the number of the signal that all ranks have agreed on
     saved = True  # whether the last checkpoint could be written
     x, y = train_loader.next_batch(device)  # (B, T) each
@@ -626,7 +638,7 @@ def train(settings, given, checkpoint):
         save_now = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
         save_now = step > start_step and (save_now or last_step or stopped_by)
         if (evaluate_now or save_now) and not all(p.isfinite().all() for p in raw_model.parameters()):
-            raise FloatingPointError(f"step {step}: the weights are not finite")
+            raise UserError(f"step {step}: the weights are not finite: lower --max_lr and --resume")
 
         # Once in a while: validation loss
         if evaluate_now:  # at first about ln(50304) = 10.8, a uniform guess. There is no dropout, so no model.eval()
@@ -643,7 +655,8 @@ def train(settings, given, checkpoint):
 
         # Once in a while: samples
         if evaluate_now and master_process and settings.num_samples > 0:
-            print_samples(raw_model, settings, device, autocast)
+            with autocast:
+                print_samples(raw_model, settings)
 
         # Once in a while, and before leaving: a checkpoint
         if save_now and master_process:
@@ -657,8 +670,7 @@ def train(settings, given, checkpoint):
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             if ddp:
-                # Average the gradients over the ranks only once, in the last backward pass. DDP reads this flag in the
-                # forward pass, so it has to be set before that.
+                # Average over the ranks only in the last backward pass. DDP reads this flag in the forward pass.
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 _, loss = model(x, y)
@@ -678,12 +690,11 @@ def train(settings, given, checkpoint):
             dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)
             loss_accum /= world_size
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)
-        # So far the CPU has only queued work for the GPU. item() waits for the result.
-        train_loss, norm, stopped_by = loss_accum.item(), norm.item(), stop.item()
+        train_loss, norm, stopped_by = loss_accum.item(), norm.item(), stop.item()  # waits for the GPU
         # In float16, an infinite norm may be an overflow: the scaler skips the step and halves its scale. Stop below 1.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(train_loss) or not (math.isfinite(norm) or may_overflow):
-            raise FloatingPointError(f"step {step}: loss {train_loss}, norm {norm}, stopped before the step")
+            raise UserError(f"stopped before step {step} (loss {train_loss}, norm {norm}): lower --max_lr and --resume")
 
         # Take the step
         lr = get_lr(step, settings.max_steps, settings.warmup_steps, settings.max_lr, min_lr)
@@ -701,7 +712,7 @@ def train(settings, given, checkpoint):
     if ddp:
         dist.barrier()  # the other ranks wait while the master process saves
         dist.destroy_process_group()
-    if not saved or log.closed:
+    if not saved or (log and log.closed):
         raise UserError(f"the last checkpoint or log line could not be written to {settings.log_dir}: see the warning")
     if stopped_by:
         print0(f"{signal.Signals(stopped_by).name}: stopped after {step} steps, --resume continues")
@@ -711,18 +722,17 @@ def train(settings, given, checkpoint):
 # ======================================================================================================================
 # Part II: housekeeping
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. The command line
+# 10. The command line, checks of settings
 
 
 def parse_flags(argv):
     """The flags that were given: {name: value}. Raises UserError for a wrong one."""
     parser = fineweb.Parser(prog="train_gpt2.py", allow_abbrev=False)
     for f in fields(Settings):
-        default = "" if f.default in (None, "") else f" [{f.default}]"
         options = {"type": f.type, "choices": f.metadata["choices"], "metavar": f.name.upper()}
         if True in (options["choices"] or ()):  # --resume is short for --resume=True
             options |= {"type": lambda s: {"True": True, "False": False}.get(s, s), "nargs": "?", "const": True}
-        parser.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **options)
+        parser.add_argument(f"--{f.name}", help=f.metadata["help"], **options)
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
@@ -731,11 +741,10 @@ def make_settings(given, base=None):
     if base is None:
         shards = HERE / "edu_fineweb10B"
         data = given.get("data", str(shards if any(shards.glob("[!.]*")) else HERE / "input.txt"))
-        base = {"data": data, "log_dir": str(HERE / "log")} | MODELS.get(given.get("model", given.get("init_from")), {})
-        if os.path.isfile(data):
-            base |= TEXT_FILE_SETTINGS
+        base = {"data": data} | MODELS.get(given.get("model", given.get("init_from")), {})
+        base |= TEXT_FILE_SETTINGS if os.path.isfile(data) else {}
+    base |= {"log_dir": str(HERE / "log")}  # not the checkpoint's: the folder may have been moved
     settings = Settings(**(base | given))
-    settings.data = os.path.abspath(settings.data)  # the run may be resumed from another folder
     for f in fields(settings):
         value, least = getattr(settings, f.name), f.metadata["least"]
         if isinstance(value, (int, float)) and not least <= value <= 2**32:  # this catches nan, too
@@ -743,16 +752,19 @@ def make_settings(given, base=None):
     return settings
 
 
-def fit_micro_batch(settings, given, world_size):
-    """The micro-batch size. It has to divide the sequences of a process, so the default is lowered until it does."""
-    B, multiple = settings.micro_batch_size, settings.block_size * world_size
-    sequences = max(1, settings.total_batch_size // multiple)  # of each process, in a step
-    if settings.total_batch_size != sequences * multiple:
-        raise UserError(f"--total_batch_size must be a multiple of {multiple} tokens here: use {sequences * multiple}")
-    fitting = max(n for n in range(1, min(B, sequences) + 1) if sequences % n == 0)
-    if "micro_batch_size" in given and B != fitting:
-        raise UserError(f"--micro_batch_size={B} does not divide the {sequences} sequences of a process: use {fitting}")
-    return fitting
+def check_same(values, expected, place):
+    """Raise UserError unless two dicts are equal. place: where the expected values are."""
+    for name in sorted(values.keys() | expected.keys()):
+        if values.get(name) != expected.get(name):
+            raise UserError(f"{name} is {values.get(name)}, but {expected.get(name)} {place}: they must be the same")
+
+
+def check_ranks_agree(values):
+    """Raise UserError unless the values are the same on all ranks."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, values)
+    for rank, theirs in enumerate(everyone):
+        check_same(everyone[0], theirs, f"on rank {rank}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -768,9 +780,9 @@ def list_checkpoints(log_dir):
 def save_checkpoint(step, model, optimizer, scaler, settings, data):
     """Write log_dir/model_NNNNN.pt, and remove what keep_checkpoints does not keep. Returns whether that worked."""
     path = Path(settings.log_dir) / f"model_{step:05d}.pt"
-    checkpoint = {"step": step, "settings": asdict(settings), "config": asdict(model.config), "data": data}
-    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint |= {"scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
+    checkpoint = {"step": step, "config": asdict(model.config), "data": data, "rng": torch.get_rng_state()}
+    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    checkpoint["settings"] = asdict(settings) | {"data": os.path.abspath(settings.data)}  # as seen from any folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
@@ -779,7 +791,9 @@ def save_checkpoint(step, model, optimizer, scaler, settings, data):
         return False
     print0(f"checkpoint: {path}")
     paths = list_checkpoints(settings.log_dir)
-    for old in paths[: paths.index(path) + 1][: -settings.keep_checkpoints]:  # later ones are damaged; [:-0] is empty
+    unneeded = paths[: paths.index(path) + 1][: -settings.keep_checkpoints]  # later ones are damaged; [:-0] is empty
+    unneeded += path.parent.glob("model_*.pt.tmp")  # of a run that was killed
+    for old in unneeded:
         with suppress(OSError):
             old.unlink()
     return True
@@ -812,9 +826,7 @@ def build_model(settings, given, checkpoint):
     if checkpoint is None and os.path.isfile(settings.init_from):
         checkpoint = load_checkpoint(settings.init_from)
     if checkpoint:
-        with reported_as("the weights in the checkpoint do not fit its config"):
-            model = GPT(GPTConfig(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["model"])
+        model = GPT.from_checkpoint(checkpoint)
     elif settings.init_from == "scratch":
         model = GPT(GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)}))
     else:
@@ -843,59 +855,36 @@ def restore(checkpoint, optimizer, scaler, settings, data):
         return step
 
 
-def check_same(values, expected, place):
-    """Raise UserError unless two dicts are equal. place: where the expected values are."""
-    for name in sorted(values.keys() | expected.keys()):
-        if values.get(name) != expected.get(name):
-            raise UserError(f"{name} is {values.get(name)}, but {expected.get(name)} {place}: they must be the same")
-
-
-def check_ranks_agree(values):
-    """Raise UserError unless the values are the same on all ranks."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, values)
-    for rank, theirs in enumerate(everyone):
-        check_same(everyone[0], theirs, f"on rank {rank}")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 12. The log folder
 
 
-def open_log(settings, start_step, master_process):
-    """Open log.txt, one value per line ("250 val 6.1604"), for a run that starts after start_step steps."""
-    if not master_process or settings.max_steps == 0:
-        return open(os.devnull, "wb"), None
-    log_dir = Path(settings.log_dir)
-    path = log_dir / "log.txt"
-    with reported_as(f"--log_dir={log_dir} cannot be written, or another run writes to it"):
-        lock = FileLock(log_dir / ".lock", is_singleton=True).acquire(timeout=0)
-        for unfinished in log_dir.glob("model_*.pt.tmp"):  # of a run that was killed
-            unfinished.unlink()
-        files = [*list_checkpoints(log_dir), *log_dir.glob("log.txt")]
-        if start_step > 0 and path.exists():
-            # Keep the lines from before the checkpoint: this run writes the others again.
+def open_log(settings, start_step):
+    """Lock log_dir and open log.txt, for a run that starts after start_step steps. Returns (the file, the lock)."""
+    path = Path(settings.log_dir) / "log.txt"
+    with reported_as(f"--log_dir={settings.log_dir} cannot be written, or another run writes to it"):
+        lock = FileLock(path.parent / ".lock", is_singleton=True).acquire(timeout=0)
+        files = [file for file in (*list_checkpoints(path.parent), path) if file.exists()]
+        if start_step > 0 and path.exists():  # keep the lines from before the checkpoint: the others come again
             lines = re.findall(r"^(\d{1,12}) (.+\n)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
             kept = "".join(f"{step} {value}" for step, value in lines if int(step) < start_step)
             replace_file(path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
         elif start_step == 0 and files:
             if Path(settings.init_from).resolve() in [file.resolve() for file in files]:
                 raise UserError(f"--init_from={settings.init_from} is in --log_dir: name another one for the new run")
-            n = 1
-            while (earlier := log_dir / f"earlier_{n}").exists():
-                n += 1
-            earlier.mkdir()
+            n = next(n for n in range(1, sys.maxsize) if not (path.parent / f"earlier_{n}").exists())
+            earlier = path.parent / f"earlier_{n}"
             for file in files:
-                file.rename(earlier / file.name)
-            print0(f"the earlier run in {log_dir} is now in {earlier} (delete it if you do not need it)")
+                os.renames(file, earlier / file.name)  # makes the folder, too
+            print0(f"the earlier run in {path.parent} is now in {earlier} (delete it if you do not need it)")
         return open(path, "ab", buffering=0), lock  # stays open: on a network drive, opening it takes milliseconds
 
 
 def report(log, line, message):
-    """Print a message, and append a line to log.txt. If that fails, training continues without the log."""
+    """Print a message, and append a line like "250 val 6.1604" to the log. If that fails, training continues."""
     print0(message)
     try:
-        if not log.closed:
+        if log and not log.closed:
             log.write(f"{line}\n".encode())
     except OSError as error:
         log.close()
@@ -907,15 +896,14 @@ def report(log, line, message):
 
 
 def catch_signals():
-    """From now on, put SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) into the list that is returned."""
-    caught = []
+    caught = []  # the numbers of the signals that arrive from now on
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on, Ctrl-C ends the run at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C ends the run at once
 
     for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # Windows has no SIGHUP
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, the signal of a closed terminal
             signal.signal(number, catch)
     print0("Ctrl-C: finish the step, save a checkpoint and exit. Twice: exit at once")
     return caught
@@ -923,38 +911,25 @@ def catch_signals():
 
 def main(argv=None):
     given = parse_flags(argv)
-    rank, _, world_size = get_ranks()
-    settings = make_settings(given)
-    checkpoint = newest_checkpoint(settings.log_dir) if settings.resume else None
-    if checkpoint:
-        settings = make_settings(given, checkpoint["settings"] | {"log_dir": settings.log_dir})
+    checkpoint = newest_checkpoint(given.get("log_dir", HERE / "log")) if given.get("resume") else None
+    settings = make_settings(given, checkpoint["settings"] if checkpoint else None)
     if "export" in given:
         if not settings.export or (checkpoint is None and settings.init_from == "scratch"):
             raise UserError("--export needs weights, from --init_from or --resume, and a folder's name", status=2)
-        model = build_model(settings, given, checkpoint)
-        with reported_as(f"--export={settings.export} cannot be written, name a new folder"):
-            os.makedirs(settings.export)
-            model.save_pretrained(settings.export)
-            fineweb.save_tokenizer(settings.export, model.config.block_size)
+        build_model(settings, given, checkpoint).save_pretrained(settings.export)
         return print0(f"exported: {settings.export}")
-    if settings.prompt == "-" and rank == 0:
-        settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
     if "prompt" in given and settings.max_steps == 0 and settings.num_samples > 0:
-        device = pick_device(settings.device)
-        return print_samples(build_model(settings, given, checkpoint).to(device), settings, device, nullcontext())
+        return print_samples(build_model(settings, given, checkpoint).to(pick_device(settings.device)), settings)
     if settings.data == str(HERE / "input.txt") and "data" not in given and not checkpoint:
         print0("no edu_fineweb10B/ (python fineweb.py makes it): training on input.txt, with settings for it")
     try:
         train(settings, given, checkpoint)
-    except FloatingPointError as error:
-        last = (list_checkpoints(settings.log_dir) or ["none"])[-1]
-        raise UserError(f"{error}. Last checkpoint: {last}. Try a lower --max_lr, or --dtype=float32") from error
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; the CPU has no type of its own
         if "no kernel image" in str(error):
             raise UserError("this build of torch does not support this GPU: see its requirements") from error
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        B = fit_micro_batch(settings, given, world_size)
+        B = fit_micro_batch(settings, given, get_ranks()[2])
         remedy = f"--micro_batch_size={B // 2}" if B > 1 else "a smaller --block_size or --model"
         raise UserError(f"out of memory: use {remedy}") from error
 

@@ -382,6 +382,11 @@ def hellaswag_in_training(model, tokenized, device, autocast):
         hellaswag.count_correct(hellaswag.ending_losses(model, tokenized, device), tokenized)
 
 
+def samples_in_training(model, settings, autocast):
+    with autocast:
+        print_samples(model, settings)
+
+
 def benchmark_loop(options):
     """Measure the parts of the recipe's run, and compute the share of it that is not training: between two evaluations
     there are 250 steps of 524,288 tokens."""
@@ -409,7 +414,7 @@ def benchmark_loop(options):
         "steps": lambda: train_step(trained, params, optimizer, loader, device, autocast),
         "validation": lambda: evaluate(trained, val_loader, settings.val_tokens, device, autocast),
         "hellaswag": lambda: hellaswag_in_training(model, tokenized, device, autocast),
-        "samples": lambda: print_samples(model, settings, device, autocast),
+        "samples": lambda: samples_in_training(model, settings, autocast),
         "checkpoint": checkpoint,
     }
     for _ in range(options.warmup):

@@ -112,8 +112,8 @@ def test_text_file_is_split_nine_to_one(tmp_path):
     train = DataLoaderLite(1, 4, 0, 1, "train", tmp_path / "play.txt")
     val = DataLoaderLite(1, 4, 0, 1, "val", str(tmp_path / "play.txt"))
     split = len(tokens) * 9 // 10
-    assert train.read(0, train.num_tokens).tolist() == tokens[:split]
-    assert val.read(0, val.num_tokens).tolist() == tokens[split:]
+    assert train.read(np.arange(train.num_tokens)).tolist() == tokens[:split]
+    assert val.read(np.arange(val.num_tokens)).tolist() == tokens[split:]
 
 
 def test_one_shard_is_not_both_splits(tmp_path):
@@ -192,10 +192,10 @@ def test_token_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
     np.save(tmp_path / "x_train_000001.npy", tokens)
     loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
     tokens[17] = 50256
-    with pytest.raises(UserError, match=r"x_train_000001\.npy has a token 50257"):
-        loader.read(0, 100)
+    with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used: it has a token beyond 50256"):
+        loader.read(np.arange(100))
     np.save(tmp_path / "x_train_000001.npy", tokens)
-    assert loader.read(0, 100).max() == 50256
+    assert loader.read(np.arange(100)).max() == 50256
 
 
 def test_shard_that_changes_during_training_is_named(tmp_path):
@@ -204,13 +204,13 @@ def test_shard_that_changes_during_training_is_named(tmp_path):
     loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
     truncate(path, -40)
     with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used"):
-        loader.read(0, 100)
+        loader.read(np.arange(100))
     np.save(path, np.arange(30, dtype=np.uint16))  # a whole shard, but a shorter one
-    with pytest.raises(UserError, match=r"x_train_000001\.npy has changed since the start"):
-        loader.read(0, 100)
+    with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used: it has changed since the start"):
+        loader.read(np.arange(100))
     path.unlink()
     with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used"):
-        loader.read(0, 100)
+        loader.read(np.arange(100))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from fineweb import UserError, gpt2_encoding, save_tokenizer
+from fineweb import UserError, gpt2_encoding
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig, evaluate, get_lr, make_settings
 
 SHAPES = {
@@ -63,12 +63,12 @@ def test_saved_folder_is_read_by_transformers(tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    model.save_pretrained(tmp_path)
-    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    model.save_pretrained(tmp_path / "saved")
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(info.values())  # no missing, unexpected or misshapen tensor
     x = torch.randint(50257, (2, 24))
     assert relative(theirs.eval()(x).logits, model(x)[0][:, :, :50257]) < 1e-5
-    again = GPT.from_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path / "saved")
     assert again.config.vocab_size == 50257
     assert torch.equal(again.transformer.wte.weight, model.transformer.wte.weight[:50257])
 
@@ -279,8 +279,8 @@ def test_context_is_causal_and_bounded():
 
 
 def test_config_json_says_gpt2(tmp_path):
-    small_model().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    small_model().save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["vocab_size"], config["n_positions"]) == ("gpt2", 50257, 8)
 
 
@@ -290,11 +290,11 @@ def test_an_exported_folder_serves_transformers_offline(tmp_path):
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
         model.transformer.wte.weight.mul_(20)  # so that the likeliest token is far ahead, and rounding decides nothing
-    model.save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, 64)
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who may read one file may read all
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one file may read all
 
-    tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path), gpt2_encoding()
+    tokenizer, encoding = AutoTokenizer.from_pretrained(folder), gpt2_encoding()
     text = (ROOT / "input.txt").read_text(encoding="utf-8")[:20_000]
     text += (
         "\t\r\n  x  I'LL it's 12345,67 \u00e4\u00df\u4e2d\u6587\U0001f600 \u200b\u00a0 def f(x):\n    return {}\n\n\n"
@@ -304,7 +304,7 @@ def test_an_exported_folder_serves_transformers_offline(tmp_path):
     assert tokenizer.eos_token_id == encoding.eot_token
     assert tokenizer.model_max_length == 64
 
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
     assert theirs.lm_head.weight.shape[0] == 50257
     idx = torch.tensor([encoding.encode_ordinary("Hello, I'm a language model,")])
     mask = torch.ones_like(idx)

@@ -8,20 +8,33 @@ import tokenize
 import pytest
 from conftest import ROOT
 
-SECTIONS = [
-    *("model", "weights", "sampling", "optimizer", "data", "evaluation", "device", "settings", "training loop"),
-    *("command line", "checkpoints", "log", "signals"),
+SECTIONS = [  # what the heading says, lines, and lines of code
+    ("", 50, 30),  # docstring, imports, constants
+    ("model", 145, 80),
+    ("weights", 70, 50),
+    ("sampling", 26, 15),
+    ("optimizer", 36, 18),
+    ("data", 80, 52),
+    ("evaluation", 52, 36),
+    ("device", 72, 42),
+    ("settings", 62, 54),
+    ("training loop", 155, 110),
+    ("command line", 46, 38),
+    ("checkpoints", 88, 66),
+    ("log", 36, 26),
+    ("main", 45, 36),
 ]
 LESSON = {
-    *("HERE", "GPT2_VOCAB_SIZE", "MODELS"),
-    *("GPTConfig", "CausalSelfAttention", "MLP", "Block", "GPT", "get_lr", "open_tokens", "DataLoaderLite"),
+    *("GPT2_VOCAB_SIZE", "MODELS"),
+    *("GPTConfig", "CausalSelfAttention", "MLP", "Block", "GPT", "get_lr", "fit_micro_batch"),
+    *("open_tokens", "shuffled_windows", "DataLoaderLite"),
     *("evaluate", "load_hellaswag", "print_samples", "get_ranks", "print0", "pick_device"),
     *("pick_dtype", "keep_freed_memory", "can_compile", "setting", "Settings", "TEXT_FILE_SETTINGS", "train"),
 }
 HOUSEKEEPING = {
-    *("parse_flags", "make_settings", "fit_micro_batch"),
+    *("parse_flags", "make_settings", "check_same", "check_ranks_agree"),
     *("list_checkpoints", "save_checkpoint", "load_checkpoint", "newest_checkpoint", "build_model", "restore"),
-    *("check_same", "check_ranks_agree", "open_log", "report"),
+    *("open_log", "report"),
     *("catch_signals", "main"),
 }
 
@@ -93,17 +106,33 @@ def test_train_is_within_its_budget():
     assert train.end_lineno - train.lineno + 1 <= 165
 
 
-def test_the_sections_are_in_order():
-    headings = []
+def headings():
+    """[(number, title, line)] of the sections: "# 1. The model", under a rule."""
+    found = []
     for number, line in enumerate(LINES, start=1):
         match = re.fullmatch(r" *# (\d+)\. (.*)", line)
         if match and re.fullmatch(r" *# -+", LINES[number - 2]):
-            headings.append((int(match[1]), match[2].lower(), number))
-    assert [n for n, _, _ in headings] == list(range(1, 14))
-    for (_, title, _), words in zip(headings, SECTIONS, strict=True):
+            found.append((int(match[1]), match[2].lower(), number))
+    return found
+
+
+def test_the_sections_are_in_order():
+    assert [n for n, _, _ in headings()] == list(range(1, 14))
+    for (_, title, _), (words, _, _) in zip(headings(), SECTIONS[1:], strict=True):
         assert words in title
-    assert line_of("# Part I: ") < headings[0][2]
-    assert headings[8][2] < line_of("# Part II: ") < headings[9][2]
+    assert line_of("# Part I: ") < headings()[0][2]
+    assert headings()[8][2] < line_of("# Part II: ") < headings()[9][2]
+
+
+@pytest.mark.parametrize("n", range(14))
+def test_a_section_is_within_its_budget(n):
+    """From its rule to the next one. The two headings of the parts, two lines each, belong to no section."""
+    starts = [1, *(line - 1 for _, _, line in headings()), len(LINES) + 1]
+    parts = {line_of(part) - i for part in ("# Part I: ", "# Part II: ") for i in (0, 1)}
+    section = set(range(starts[n], starts[n + 1])) - parts
+    _, lines, code = SECTIONS[n]
+    assert len(section) <= lines
+    assert len(section & code_lines(SOURCE)) <= code
 
 
 def test_the_lesson_comes_first_and_ends_with_the_training_loop():

@@ -282,7 +282,7 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
     assert files_in(tmp_path / "log") == before
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_text("another model's")
-    with pytest.raises(UserError, match="--export=.* name a new folder"):
+    with pytest.raises(UserError, match="folder cannot be written, name a new folder"):
         train("--resume", f"--export={tmp_path / 'folder'}")
     with pytest.raises(UserError, match="--export needs") as error:
         train("--resume", "--export=")
@@ -601,10 +601,10 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--total_batch_size=1000"], "--total_batch_size must be a multiple of 16 .*: use 992"),
-        (["--total_batch_size=10"], "--total_batch_size must be a multiple of 16 .*: use 16"),
-        (["--micro_batch_size=3"], "--micro_batch_size=3 does not divide .*: use 2"),
-        (["--micro_batch_size=100"], "--micro_batch_size=100 does not divide .*: use 8"),
+        (["--total_batch_size=1000"], "whole micro-batches: use --total_batch_size=992 --micro_batch_size=2"),
+        (["--total_batch_size=10"], "whole micro-batches: use --total_batch_size=16 --micro_batch_size=1"),
+        (["--micro_batch_size=3"], "whole micro-batches: use --total_batch_size=128 --micro_batch_size=2"),
+        (["--micro_batch_size=100"], "whole micro-batches: use --total_batch_size=128 --micro_batch_size=8"),
         (["--micro_batch_size=0"], "--micro_batch_size=0"),
         (["--max_lr=nan"], "--max_lr=nan"),
         (["--vocab_size=50000"], "--vocab_size=50000"),
@@ -617,7 +617,10 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
         (["--data=nowhere"], "--data=.*nowhere must be a text file, or a folder that has .*_train_NNNNNN.npy"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
         (["--n_embd=1000000000", "--n_head=1"], "out of (GPU )?memory|too large"),
-        (["--total_batch_size=4294967296", "--micro_batch_size=3"], "--micro_batch_size=3 does not divide .*: use 2"),
+        (
+            ["--total_batch_size=4294967296", "--micro_batch_size=3"],
+            "--total_batch_size=4294967296 --micro_batch_size=2",
+        ),
         (["--seed=18446744073709551616"], "--seed=18446744073709551616 is not allowed"),
     ],
 )
@@ -770,7 +773,7 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch,
             optimizer.param_groups[0]["params"][-1][0, 0] = math.inf
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(UserError, match=r"step 1: .*Last checkpoint: none"):
+    with pytest.raises(UserError, match=r"step 1: the weights are not finite: lower --max_lr and --resume"):
         train("--checkpoint_interval=1", f"--eval_interval={evaluates}")
     assert names_in(tmp_path / "log") == ["log.txt"]
 
@@ -812,7 +815,7 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train_gpt2.pick_device("auto", 1, 4) == torch.device("cuda:1")
-    with pytest.raises(UserError, match="cuda:2 is not available, only cpu, cuda:0, cuda:1: change .*--nproc_per_node"):
+    with pytest.raises(UserError, match="cuda:2 is not available, only cuda:0, cuda:1, cpu: change .*--nproc_per_node"):
         train_gpt2.pick_device("auto", 2, 4)
     with pytest.raises(UserError, match="cuda:5 is not available"):
         train_gpt2.pick_device("cuda:5", 0, 1)
@@ -838,7 +841,9 @@ def test_loss_that_is_not_finite_stops_before_the_step(train, tmp_path, monkeypa
         return logits, loss * float("nan") if len(calls) == 4 * 3 + 2 else loss  # in step 3, of 4 micro-steps
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    with pytest.raises(UserError, match=r"step 3: loss nan.*Last checkpoint: .*model_00002\.pt") as error:
+    with pytest.raises(
+        UserError, match=r"stopped before step 3 \(loss nan, .*\): lower --max_lr and --resume"
+    ) as error:
         train("--eval_interval=0")
     assert "\n" not in str(error.value)
     assert [step for step, _ in losses(tmp_path / "log")] == [0, 1, 2]
@@ -1015,7 +1020,7 @@ def test_float16_does_not_skip_steps_forever(train, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
-    with pytest.raises(UserError, match="step 17: loss .* norm inf"):
+    with pytest.raises(UserError, match=r"stopped before step 17 \(loss .* norm inf"):
         train("--dtype=float16", "--max_steps=30", "--eval_interval=0", "--checkpoint_interval=0")
 
 
