@@ -7,8 +7,8 @@ Train GPT-2 (124M) from scratch, after Andrej Karpathy's lecture "Let's reproduc
 
 Part I is the lesson, from the model to the training loop. Part II is housekeeping: the command line, checkpoints, logs.
 The model is GPT-2 (Radford et al. 2019). That paper leaves out most training settings, so those are from GPT-3 (Brown
-et al. 2020). In comments, B is the number of sequences in a batch, T the number of tokens in a sequence and C = n_embd
-the length of a token's vector, its channels. The lecture adds one trick after another and times 16 x 1024 tokens on an
+et al. 2020). In comments, B is the number of sequences in a batch, T the number of tokens in each, and C = n_embd the
+length of a token's vector, its channels. The lecture adds one trick after another and clocks a step of 16K tokens on an
 A100: float32 1000 ms, TF32 333, bf16 300, torch.compile 130, FlashAttention 96, padded vocabulary 93, fused AdamW 90.
 """
 
@@ -52,8 +52,8 @@ MODELS = {
 # Part I: the lesson
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The model
-# Parameters have OpenAI's names, as in every published copy of the weights: wte and wpe are the embeddings, a learned
-# vector for each token and each position, h is the list of blocks, ln_* are layer norms, c_* linear layers.
+# Parameters have the names of Hugging Face's copy, after OpenAI's: wte and wpe are the embeddings, a learned vector for
+# each token and each position, h is the list of blocks, ln_* are layer norms, c_* linear layers.
 
 
 @dataclass
@@ -68,8 +68,8 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token has a query, a key and a value, and averages the values of itself and earlier tokens, weighted by how
-    well its query matches their keys: in each head, within a slice of the channels (Vaswani et al. 2017, 3.2)."""
+    """Each token emits a query, a key and a value. Each head, on its slice of these, averages the values of the token
+    and earlier ones, weighted by how well its query matches their keys (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -110,8 +110,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention (tokens exchange information), then an MLP (each token processes it): (B, T, C) -> (B, T, C).
-    Both add their output to x, the residual stream, and read it through a layer norm of their own (GPT-2 section 2.3):
-    on its way through the blocks, x is only added to, so gradients flow straight to every block."""
+    Each reads x, the residual stream, through its own layer norm and adds its output to x (GPT-2 section 2.3). Nothing
+    else happens to x on its way through the blocks, so gradients flow straight to every block."""
 
     def __init__(self, config):
         super().__init__()
@@ -132,7 +132,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.Module()  # holds everything but lm_head, as in transformers
+        self.transformer = nn.Module()  # all but lm_head, as in the transformers library
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
@@ -150,7 +150,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)  # OpenAI's value, of the order of 1 / sqrt(n_embd)
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)  # OpenAI's (0.01 for wpe), about 1 / sqrt(n_embd)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -162,7 +162,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit into a context of {self.config.block_size}"
         pos = torch.arange(T, device=idx.device)  # (T,)
-        # Attention does not know the order of tokens, so each position has an embedding, too.
+        # Apart from its mask, attention ignores the order of tokens, so each position has an embedding, too.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
         for block in self.transformer.h:
             x = block(x)
@@ -170,8 +170,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None  # (B, T, vocab_size)
 
-        # The logits are by far the largest tensor, 6.6 GB in bf16 for 64 x 1024 tokens. They are not returned with the
-        # loss, which would keep them in memory. On the CPU, chunks of 512 save a sixth of a step of 4 x 1024 tokens.
+        # The logits are by far the largest tensor, 6.6 GB in bf16 for 64 x 1024 tokens, 13 in float32. Returning them
+        # with the loss would keep them in memory. On the CPU, chunks of 512 tokens save a sixth of the time of a step.
         chunk_size = 512 if x.device.type == "cpu" else targets.numel()
         loss_sum = 0.0
         for chunk, y in zip(x.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True):
@@ -184,7 +184,7 @@ class GPT(nn.Module):
     # 2. OpenAI's weights, in and out
     # Loading them tests the model above: if it has a mistake, --init_from=gpt2 --max_steps=0 usually prints nonsense.
 
-    # What the library transformers calls the fields of GPTConfig, the values that make one of its models a GPT-2, and
+    # What the transformers library calls the fields of GPTConfig, the values that its config must have for a GPT-2, and
     # the weights that it stores as (in, out), like OpenAI, where nn.Linear has (out, in).
     HF_NAMES = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     HF_VALUES = (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5), ("scale_attn_weights", True))
@@ -199,7 +199,7 @@ class GPT(nn.Module):
         from safetensors.torch import load_file
 
         expected = f"one of {', '.join(MODELS)}, or a folder with config.json and *.safetensors"
-        with reported_as(f"{name_or_folder} cannot be loaded, it must be {expected} (pickled .bin is not read)"):
+        with reported_as(f"{name_or_folder} cannot be loaded; it must be {expected} (pickled .bin is not read)"):
             folder = Path(name_or_folder)
             if name_or_folder in MODELS:
                 repo, files = f"openai-community/{name_or_folder}", ["config.json", "model.safetensors"]
@@ -227,8 +227,8 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write a new folder that transformers loads: config, tokenizer, and the weights in float32, without the
-        vocabulary's padding. Raises UserError if the folder exists, or cannot be written."""
+        """Write a new folder for transformers: config, tokenizer, and the weights in float32, without the padding of
+        the vocabulary. Raises UserError if the folder exists, or cannot be written."""
         from safetensors.torch import save
 
         tensors = {}
@@ -240,7 +240,7 @@ class GPT(nn.Module):
         weights = save(tensors, metadata={"format": "pt"})  # save_file() would make a file that only its owner can read
         config = {hf_name: getattr(self.config, name) for name, hf_name in self.HF_NAMES.items()} | dict(self.HF_VALUES)
         config |= {"architectures": ["GPT2LMHeadModel"], "vocab_size": len(tensors["transformer.wte.weight"])}
-        with reported_as(f"{folder} cannot be written, name a new folder"):
+        with reported_as(f"{folder} cannot be written; name a new folder"):
             folder = Path(folder)
             folder.mkdir(parents=True)
             replace_file(folder / "model.safetensors", lambda path: path.write_bytes(weights))
@@ -251,15 +251,15 @@ class GPT(nn.Module):
     # 3. Sampling
 
     @torch.no_grad()
-    @hellaswag.without_cudnn  # its attention would need 0.4 s to prepare for each new length
+    @hellaswag.without_cudnn  # cuDNN's attention needs 0.4 s of setup for every new length
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
         """Continue each sequence by max_new_tokens: (B, T) int64 -> (B, T + max_new_tokens).
 
-        temperature: below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token. top_k:
-        sample from the k likeliest tokens (Fan et al. 2018, section 5.4); 0 or None: from all. generator: for
+        temperature: below 1 sharpens the distribution, above 1 flattens it; 0 always takes the most likely token.
+        top_k: sample from the k most likely tokens (Fan et al. 2018, section 5.4); 0 or None: from all. generator: for
         repeatable samples, a torch.Generator on the device of idx."""
         for _ in range(max_new_tokens):
-            # Each token recomputes its whole context. A key/value cache would be faster, and more code.
+            # Each new token reprocesses the whole context. A key/value cache would be faster, but is more code.
             logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
             # The last position predicts the new token. Padding ids are left out: the tokenizer cannot decode them.
             logits = logits[:, -1, :GPT2_VOCAB_SIZE].float()  # (B, 50257)
@@ -275,12 +275,12 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate):
         """AdamW (Loshchilov & Hutter 2019) with GPT-3's betas and eps (appendix B)."""
-        # Weight decay shrinks matrices a little in each step, which spreads the work over many weights. Biases and
-        # layer norms (1D) are exempt: there is nothing to spread.
+        # Weight decay shrinks matrices a little in each step, so that many weights share the work and none grows large.
+        # Biases and layer norms (1D) only shift and scale: they are exempt.
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        # Fused: one kernel for the whole update instead of one per operation and tensor (lecture: 93 to 90 ms).
+        # Fused: a kernel does the whole update of many tensors, instead of one per operation (lecture: 93 to 90 ms).
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -295,8 +295,8 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
 
 
 def fit_micro_batch(settings, given, world_size):
-    """The micro-batch size B: the default, lowered until B divides the sequences that each process has in a step.
-    Raises UserError if the user has given a B that does not, or if the processes cannot share the step."""
+    """A step sums the gradients of micro-batches of B sequences (section 9). Returns B: the default, lowered until it
+    divides the sequences of each process. Raises UserError if the step cannot be divided, or not by the B given."""
     num_sequences = max(1, settings.total_batch_size // (settings.block_size * world_size))
     total = num_sequences * settings.block_size * world_size  # tokens
     B = max(n for n in range(1, min(settings.micro_batch_size, num_sequences) + 1) if num_sequences % n == 0)
@@ -307,7 +307,7 @@ def fit_micro_batch(settings, given, world_size):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Data
-# fineweb.py joins all documents, each after <|endoftext|>, into one stream, cut into files of 100M tokens: the shards.
+# fineweb.py turns FineWeb-Edu's web pages, each after <|endoftext|>, into one stream, in files of 100M tokens: shards.
 
 
 def open_tokens(path, split):
@@ -322,12 +322,12 @@ def open_tokens(path, split):
             assert np.fromfile(path, "<i4", count=3).tolist() == [20240520, 1, len(tokens)], "header and size disagree"
         else:
             tokens = fineweb.tokenize_file(path)[split]  # cached: it tokenizes once
-        is_row = tokens.dtype == np.dtype("<u2") and tokens.ndim == 1 and len(tokens) > 0
-        assert is_row, f"it must hold uint16 of shape (n,), n > 0, not {tokens.dtype} of shape {tokens.shape}"
+        is_valid = tokens.dtype == np.dtype("<u2") and tokens.ndim == 1 and len(tokens) > 0
+        assert is_valid, f"it must hold uint16 of shape (n,), n > 0, not {tokens.dtype} of shape {tokens.shape}"
     return tokens
 
 
-@lru_cache(maxsize=1)  # the recipe has ten million windows: do not shuffle them again for every batch
+@lru_cache(maxsize=1)  # 10B tokens are ten million windows: do not shuffle them again for every batch
 def shuffled_windows(num_windows, seed, epoch):
     """The order in which an epoch reads the windows: (num_windows,)."""
     return np.random.default_rng([seed, epoch]).permutation(num_windows)
@@ -336,15 +336,15 @@ def shuffled_windows(num_windows, seed, epoch):
 class DataLoaderLite:
     """Batches of one split, "train" or "val", from a folder of shards or a text file.
 
-    The shards form one endless, repeating stream, read in windows of T tokens. In micro-step k of the run (section 9),
-    process r reads the B windows from number (k * num_processes + r) * B on. The position is computed, not stored:
-    processes cannot drift apart, and a resumed run repeats and skips nothing, even on another number of GPUs. With
-    shuffle, each epoch has a new random order: FineWeb-Edu's shows as waves in the loss (published gain: 0.017)."""
+    The shards form one endless, repeating stream, read in windows of T tokens. Batch k of process r has the B windows
+    from number (k * num_processes + r) * B on. This position is computed, not stored: processes cannot drift apart, and
+    a resumed run repeats and skips nothing, even on another number of GPUs. With shuffle, each epoch has a new random
+    order: FineWeb-Edu's own order makes waves in the loss (gain: 0.017, in a run by garg-aayush)."""
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root, shuffle=False, seed=1337):
         self.B, self.T, self.split, self.shuffle, self.seed = B, T, split, shuffle, seed
         self.process_rank, self.num_processes = process_rank, num_processes
-        self.micro_step = 0  # since the start of the run; set it to jump
+        self.batch_index = 0  # k of the next batch, counted from the start of the run; set it to jump
         root = Path(data_root)
         is_text = root.is_file() and root.suffix not in (".npy", ".bin")
         names = rf"[^.].*_{split}(_\d+)?\.(npy|bin)"  # such as edufineweb_train_000001.npy, tiny_shakespeare_train.bin
@@ -358,7 +358,7 @@ class DataLoaderLite:
             raise UserError(f"{data_root} has only {self.num_tokens} {split} tokens: more text is needed")
 
     def read(self, positions):
-        """The tokens at these positions of the stream. positions: int64 of any shape. Returns a tensor like it."""
+        """The tokens at these positions (an int64 array) of the stream: an int64 tensor of the same shape."""
         tokens = np.empty_like(positions)
         shard_numbers = np.searchsorted(self.starts, positions, side="right") - 1  # which shard has each position
         for i in np.unique(shard_numbers):
@@ -368,13 +368,13 @@ class DataLoaderLite:
                 shard = open_tokens(self.shards[i], self.split)
                 assert len(shard) == np.diff(self.starts)[i], "it has changed since the start: restore it, use --resume"
                 tokens[in_shard] = shard[positions[in_shard] - self.starts[i]]
-                assert tokens[in_shard].max() < GPT2_VOCAB_SIZE, "it has a token beyond 50256: write it again"
+                assert tokens[in_shard].max() < GPT2_VOCAB_SIZE, "it has a token id above 50256: recreate it"
         return torch.from_numpy(tokens)
 
     def next_batch(self, device="cpu"):
         """Inputs x and targets y, (B, T) int64 each, from windows and the token after them: y[b, t] follows x[b, t]."""
-        windows = (self.micro_step * self.num_processes + self.process_rank) * self.B + np.arange(self.B)  # (B,)
-        self.micro_step += 1
+        windows = (self.batch_index * self.num_processes + self.process_rank) * self.B + np.arange(self.B)  # (B,)
+        self.batch_index += 1
         if self.shuffle:
             n = max(1, (self.num_tokens - 1) // self.T)  # windows in an epoch
             windows = np.array([shuffled_windows(n, self.seed, i // n)[i % n] for i in windows])
@@ -396,11 +396,11 @@ def evaluate(model, loader, val_tokens, device, autocast):
     val_tokens = min(val_tokens, loader.num_tokens - 1)  # the last token has no target
     batch_tokens = loader.B * loader.T
     val_loss = torch.zeros((), device=device)
-    loader.micro_step = 0
+    loader.batch_index = 0
     for start in range(loader.process_rank * batch_tokens, val_tokens, loader.num_processes * batch_tokens):
         x, y = loader.next_batch(device)  # (B, T) each
         y = y.clone()  # it shares memory with x
-        y.view(-1)[val_tokens - start :] = -1  # no loss past val_tokens; a smaller batch would recompile
+        y.view(-1)[val_tokens - start :] = -1  # no loss past val_tokens; a smaller batch would mean recompiling
         with autocast:
             _, loss = model(x, y)
         val_loss += loss * (y != -1).sum() / val_tokens
@@ -410,7 +410,8 @@ def evaluate(model, loader, val_tokens, device, autocast):
 
 
 def load_hellaswag(source, block_size):
-    """HellaSwag (which of four endings continues a text?), tokenized; [] if the official file cannot be downloaded."""
+    """HellaSwag, tokenized: of four endings of a text, does the model find the true one most likely? Returns [] if the
+    official file cannot be downloaded."""
     try:
         return hellaswag.tokenize(hellaswag.load_examples(source), block_size)
     except UserError as error:
@@ -490,7 +491,7 @@ def keep_freed_memory():
     before handing it out again: steps on the CPU take 1.3 to 1.5 times as long. Source: mallopt(3)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: take no block directly from the system
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def can_compile(device):
@@ -499,7 +500,7 @@ def can_compile(device):
     try:
         torch.compile(lambda x: (x * 2.0).sum())(x).backward()
     except (RuntimeError, ImportError, OSError) as error:
-        print0(f"warning: torch.compile does not work here ({type(error).__name__}), running without it: slower")
+        print0(f"warning: torch.compile does not work here ({type(error).__name__}); running without it: slower")
         return False
     return True
 
@@ -507,58 +508,58 @@ def can_compile(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Settings
 # Each is also a flag. The defaults reproduce GPT-2 (124M) with 10 billion tokens: 19,073 steps of 2^19 tokens, of which
-# 715 (375 million tokens) warm up. Batch, rates and warm-up are GPT-3's for this size (table 2.1, appendix B).
+# 715 (375 million tokens) warm up. Batch size, max_lr and warm-up are GPT-3's for this size (table 2.1, appendix B).
 
 
-def setting(default, help, choices=None, least=0):
+def setting(default, help, choices=None, minimum=0):
     help += "" if default in (None, "") else f" [{default}]"
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
 
 
 @dataclass
 class Settings:
     # Data
-    data: str = setting("edu_fineweb10B", "folder of token shards, or a text file (its last tenth validates)")
+    data: str = setting("edu_fineweb10B", "folder of token shards, or a text file (the last tenth is for validation)")
     log_dir: str = setting("log", "folder for log.txt and checkpoints")
     init_from: str = setting("scratch", "scratch, gpt2 to gpt2-xl, a folder of weights, or a checkpoint")
     export: str = setting("", "write the weights of init_from or resume to this folder, for transformers")
     resume: bool = setting(False, "continue from the newest checkpoint in log_dir, with its settings", (True, False))
     # Model
     model: str = setting("gpt2", "gpt2, gpt2-medium, gpt2-large or gpt2-xl: sets the next three and max_lr", MODELS)
-    n_layer: int = setting(12, "number of blocks", least=1)
-    n_head: int = setting(12, "attention heads", least=1)
-    n_embd: int = setting(768, "channels", least=1)
-    block_size: int = setting(1024, "context and sequence length T, in tokens", least=1)
-    vocab_size: int = setting(50304, "rows of the token embedding: 50257 tokens and padding", least=GPT2_VOCAB_SIZE)
+    n_layer: int = setting(12, "number of blocks", minimum=1)
+    n_head: int = setting(12, "attention heads", minimum=1)
+    n_embd: int = setting(768, "channels", minimum=1)
+    block_size: int = setting(1024, "context and sequence length T, in tokens", minimum=1)
+    vocab_size: int = setting(50304, "rows of the token embedding: 50257 tokens and padding", minimum=GPT2_VOCAB_SIZE)
     # Optimization
-    total_batch_size: int = setting(524288, "tokens per step, over all processes", least=1)
-    micro_batch_size: int = setting(64, "sequences B per forward pass; the default is lowered if needed", least=1)
-    max_steps: int = setting(19073, "optimizer steps; 0 only evaluates or, with --prompt, only samples")
+    total_batch_size: int = setting(524288, "tokens per step, over all processes", minimum=1)
+    micro_batch_size: int = setting(64, "sequences B per forward pass; the default is lowered if needed", minimum=1)
+    max_steps: int = setting(19073, "optimizer steps; 0 only evaluates init_from or, with --prompt, only samples")
     warmup_steps: int = setting(715, "steps of linear warm-up")
     max_lr: float = setting(6e-4, "peak learning rate; for other models GPT-3's")
     min_lr: float = setting(None, "final learning rate [a tenth of max_lr]")
     weight_decay: float = setting(0.1, "weight decay of 2D parameters")
-    grad_clip: float = setting(1.0, "maximum gradient norm; 0 does not clip")
+    grad_clip: float = setting(1.0, "maximum gradient norm; 0: no clipping")
     seed: int = setting(1337, "seed of initial weights, shuffling and samples")
     shuffle: bool = setting(False, "train on windows of block_size tokens in random order", (True, False))
     # Evaluation
     eval_interval: int = setting(250, "steps between evaluations; 0 never evaluates")
-    val_tokens: int = setting(10485760, "validation tokens per evaluation", least=1)
+    val_tokens: int = setting(10485760, "validation tokens per evaluation", minimum=1)
     hellaswag: str = setting("official", "official, off, or a local JSON-lines file")
     checkpoint_interval: int = setting(5000, "steps between checkpoints; 0 saves at the end only")
     keep_checkpoints: int = setting(0, "how many of the newest checkpoints to keep; 0 keeps all")
     prompt: str = setting("Hello, I'm a language model,", "text that samples continue; - reads stdin")
     num_samples: int = setting(4, "samples per evaluation")
     max_new_tokens: int = setting(32, "maximum length of a sample, in tokens after the prompt")
-    temperature: float = setting(1.0, "sampling temperature; 0 takes the likeliest token")
-    top_k: int = setting(50, "sample from the k likeliest tokens; 0 from all")
+    temperature: float = setting(1.0, "sampling temperature; 0 takes the most likely token")
+    top_k: int = setting(50, "sample from the k most likely tokens; 0: from all")
     # System
     device: str = setting("auto", "auto, cuda, mps or cpu")
     dtype: str = setting("auto", "dtype of matmuls", ("auto", "bfloat16", "float16", "float32"))
     compile: str = setting("auto", "torch.compile: auto (on CUDA), True or False", ("auto", True, False))
 
 
-# These suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy, so max_lr is lower.
+# These suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy: half the recipe's max_lr.
 TEXT_FILE_SETTINGS = {"block_size": 128, "total_batch_size": 1024, "micro_batch_size": 4}
 TEXT_FILE_SETTINGS |= {"max_steps": 60, "warmup_steps": 10, "max_lr": 3e-4}
 TEXT_FILE_SETTINGS |= {"eval_interval": 20, "val_tokens": 2048, "hellaswag": "off", "prompt": "ROMEO:\n"}
@@ -569,7 +570,7 @@ TEXT_FILE_SETTINGS |= {"eval_interval": 20, "val_tokens": 2048, "hellaswag": "of
 
 
 def train(settings, given, checkpoint):
-    """Train, or evaluate if max_steps is 0. given: the flags that are not defaults. checkpoint: to resume, or None."""
+    """Train, or evaluate if max_steps is 0. given: the flags on the command line. checkpoint: to resume, or None."""
     # Ranks, device, precision
     rank, local_rank, world_size = get_ranks()
     ddp = world_size > 1
@@ -591,17 +592,17 @@ def train(settings, given, checkpoint):
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # for other dtypes it does nothing
 
-    # Model, torch.compile, DDP. All share the weights of raw_model, which is for checkpoints and varying shapes.
+    # Model, torch.compile, DDP. They wrap raw_model and share its weights. It serves checkpoints and varying shapes.
     raw_model = build_model(settings, given, checkpoint).to(device)  # may lower settings.block_size
     wants_compile = settings.compile is True or (settings.compile == "auto" and device.type == "cuda")
     compiled = wants_compile and can_compile(device)
     # The compiler sees the whole model and fuses neighboring operations into one kernel, which saves round trips to
-    # GPU memory (lecture: 300 to 130 ms). Shapes are fixed; code that it cannot compile is an error, not a slow path.
+    # GPU memory (lecture: 300 to 130 ms). Shapes are fixed (dynamic=False), and all code must compile (fullgraph=True).
     model = torch.compile(raw_model, dynamic=False, fullgraph=True) if compiled else raw_model
     if ddp:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # one copy of the gradients
 
-    # Data. A batch of half a million tokens does not fit into memory, so a step accumulates several micro-batches.
+    # Data. Where a batch of half a million tokens does not fit into memory, a step accumulates several micro-batches.
     B, T = fit_micro_batch(settings, given, world_size), settings.block_size
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data, settings.shuffle, settings.seed)
@@ -609,13 +610,13 @@ def train(settings, given, checkpoint):
     use_hellaswag = settings.eval_interval > 0 and settings.hellaswag != "off"
     examples = load_hellaswag(settings.hellaswag, raw_model.config.block_size) if use_hellaswag else []
 
-    # Optimizer, resume, log. data: what decides which tokens come when: the same on all ranks and on resume.
+    # Optimizer, resume, log. data: what fixes the order of tokens; it must match on all ranks and on resume.
     min_lr = 0.1 * settings.max_lr if settings.min_lr is None else settings.min_lr
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr)
     data = {"total_batch_size": settings.total_batch_size, "shuffle": [settings.seed, T] if settings.shuffle else None}
     data |= train_loader.contents | val_loader.contents
     start_step = restore(checkpoint, optimizer, scaler, settings, data) if checkpoint else 0
-    train_loader.micro_step = start_step * grad_accum_steps
+    train_loader.batch_index = start_step * grad_accum_steps
     if ddp:
         check_ranks_agree(data | {"step": start_step, "HellaSwag examples": len(examples)})
     log, _lock = open_log(settings, start_step) if master_process and settings.max_steps > 0 else (None, None)
@@ -638,7 +639,7 @@ def train(settings, given, checkpoint):
         save_now = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
         save_now = step > start_step and (save_now or last_step or stopped_by)
         if (evaluate_now or save_now) and not all(p.isfinite().all() for p in raw_model.parameters()):
-            raise UserError(f"step {step}: the weights are not finite: lower --max_lr and --resume")
+            raise UserError(f"step {step}: the weights are not finite: --resume with a lower --max_lr")
 
         # Once in a while: validation loss
         if evaluate_now:  # at first about ln(50304) = 10.8, a uniform guess. There is no dropout, so no model.eval()
@@ -680,7 +681,7 @@ def train(settings, given, checkpoint):
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
 
-        # Clip the gradient, so that one unusual batch cannot move the weights far
+        # Undo the scaler's factor, then clip the gradient, so that one unusual batch cannot move the weights far
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: no limit
 
@@ -691,10 +692,10 @@ def train(settings, given, checkpoint):
             loss_accum /= world_size
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)
         train_loss, norm, stopped_by = loss_accum.item(), norm.item(), stop.item()  # waits for the GPU
-        # In float16, an infinite norm may be an overflow: the scaler skips the step and halves its scale. Stop below 1.
+        # In float16, the norm may overflow: the scaler then skips the step and halves its scale. Below 1, give up.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(train_loss) or not (math.isfinite(norm) or may_overflow):
-            raise UserError(f"stopped before step {step} (loss {train_loss}, norm {norm}): lower --max_lr and --resume")
+            raise UserError(f"stopped at step {step} (loss {train_loss}, norm {norm}): --resume with a lower --max_lr")
 
         # Take the step
         lr = get_lr(step, settings.max_steps, settings.warmup_steps, settings.max_lr, min_lr)
@@ -746,9 +747,9 @@ def make_settings(given, base=None):
     base |= {"log_dir": str(HERE / "log")}  # not the checkpoint's: the folder may have been moved
     settings = Settings(**(base | given))
     for f in fields(settings):
-        value, least = getattr(settings, f.name), f.metadata["least"]
-        if isinstance(value, (int, float)) and not least <= value <= 2**32:  # this catches nan, too
-            raise UserError(f"--{f.name}={value} is not allowed: it must be from {least} to 2**32", status=2)
+        value, minimum = getattr(settings, f.name), f.metadata["minimum"]
+        if isinstance(value, (int, float)) and not minimum <= value <= 2**32:  # this catches nan, too
+            raise UserError(f"--{f.name}={value} is not allowed: it must be from {minimum} to 2**32", status=2)
     return settings
 
 
@@ -787,7 +788,7 @@ def save_checkpoint(step, model, optimizer, scaler, settings, data):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
     except (OSError, RuntimeError) as error:
-        print0(f"warning: {path} could not be written ({fineweb.reason_of(error)}), training continues")
+        print0(f"warning: {path} could not be written ({fineweb.reason_of(error)}); training continues")
         return False
     print0(f"checkpoint: {path}")
     paths = list_checkpoints(settings.log_dir)
@@ -888,7 +889,7 @@ def report(log, line, message):
             log.write(f"{line}\n".encode())
     except OSError as error:
         log.close()
-        print0(f"warning: {log.name} could not be written ({error.strerror}), training continues")
+        print0(f"warning: {log.name} could not be written ({error.strerror}); training continues")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_setting_the_position_equals_stepping_there(sizes, B, T, rank, steps, sh
         for _ in range(steps):
             stepped.next_batch()
         jumped = DataLoaderLite(B, T, rank, 3, "train", folder, shuffle)
-        jumped.micro_step = steps
+        jumped.batch_index = steps
         for a, b in zip(stepped.next_batch(), jumped.next_batch(), strict=True):
             assert torch.equal(a, b)
 
@@ -74,7 +74,7 @@ def test_another_micro_batch_and_number_of_ranks_read_the_same_step(sizes, step,
             micro_steps = 12 // (B * ranks)
             loaders = [DataLoaderLite(B, 4, rank, ranks, "train", folder, shuffle) for rank in range(ranks)]
             for loader in loaders:
-                loader.micro_step = step * micro_steps
+                loader.batch_index = step * micro_steps
             reads.append(torch.cat([loader.next_batch()[0] for _ in range(micro_steps) for loader in loaders]))
         assert all(torch.equal(read, reads[0]) for read in reads)
 
@@ -192,7 +192,9 @@ def test_token_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
     np.save(tmp_path / "x_train_000001.npy", tokens)
     loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
     tokens[17] = 50256
-    with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used: it has a token beyond 50256"):
+    with pytest.raises(
+        UserError, match=r"x_train_000001\.npy cannot be used: it has a token id above 50256: recreate it"
+    ):
         loader.read(np.arange(100))
     np.save(tmp_path / "x_train_000001.npy", tokens)
     assert loader.read(np.arange(100)).max() == 50256

@@ -614,8 +614,8 @@ def test_malicious_files_are_refused(launch, tmp_path, shards, undisturbed):
     names = ["zip", "raw", "weights", "shard"]
     marks = {name: tmp_path / f"owned_{name}" for name in names}
     folders = {name: tmp_path / name for name in names}
-    for folder in folders.values():
-        folder.mkdir()
+    for name in ("zip", "raw"):
+        folders[name].mkdir()
 
     zipped, raw = folders["zip"] / "model_00020.pt", folders["raw"] / "model.pt"
     torch.save({**good, "extra": Evil(marks["zip"])}, zipped)
@@ -625,7 +625,7 @@ def test_malicious_files_are_refused(launch, tmp_path, shards, undisturbed):
     (folders["weights"] / "model.safetensors").unlink()
     weights = folders["weights"] / "pytorch_model.bin"
     torch.save({"transformer.wte.weight": Evil(marks["weights"])}, weights)
-    shutil.copytree(shards, folders["shard"], dirs_exist_ok=True)
+    shutil.copytree(shards, folders["shard"])
     shard = folders["shard"] / "tiny_train_000001.npy"
     np.save(shard, np.array([Evil(marks["shard"])] * 37, dtype=object), allow_pickle=True)
 

@@ -282,7 +282,7 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
     assert files_in(tmp_path / "log") == before
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_text("another model's")
-    with pytest.raises(UserError, match="folder cannot be written, name a new folder"):
+    with pytest.raises(UserError, match="folder cannot be written; name a new folder"):
         train("--resume", f"--export={tmp_path / 'folder'}")
     with pytest.raises(UserError, match="--export needs") as error:
         train("--resume", "--export=")
@@ -460,7 +460,7 @@ def test_keep_checkpoints_counts_from_the_newest_good_one(train, tmp_path, monke
     train()
     (tmp_path / "log" / "model_00006.pt").write_bytes(b"damaged")
     (tmp_path / "log" / "model_00004.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="stopped before"):
+    with pytest.raises(UserError, match="stopped at step"):
         monkeypatch.setattr(GPT, "forward", poisoned)
         train("--resume", "--checkpoint_interval=1", "--keep_checkpoints=1", "--eval_interval=0")
     assert sorted(path.name for path in (tmp_path / "log").glob("*.pt")) == [
@@ -613,7 +613,7 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--device=gpu"], "--device=gpu is not available"),
         (["--device=meta"], "--device=meta is not available"),
-        (["--init_from=gpt5"], "gpt5 cannot be loaded, it must be one of gpt2, "),
+        (["--init_from=gpt5"], "gpt5 cannot be loaded; it must be one of gpt2, "),
         (["--data=nowhere"], "--data=.*nowhere must be a text file, or a folder that has .*_train_NNNNNN.npy"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
         (["--n_embd=1000000000", "--n_head=1"], "out of (GPU )?memory|too large"),
@@ -773,7 +773,7 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch,
             optimizer.param_groups[0]["params"][-1][0, 0] = math.inf
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(UserError, match=r"step 1: the weights are not finite: lower --max_lr and --resume"):
+    with pytest.raises(UserError, match=r"step 1: the weights are not finite: --resume with a lower --max_lr"):
         train("--checkpoint_interval=1", f"--eval_interval={evaluates}")
     assert names_in(tmp_path / "log") == ["log.txt"]
 
@@ -841,9 +841,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(train, tmp_path, monkeypa
         return logits, loss * float("nan") if len(calls) == 4 * 3 + 2 else loss  # in step 3, of 4 micro-steps
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    with pytest.raises(
-        UserError, match=r"stopped before step 3 \(loss nan, .*\): lower --max_lr and --resume"
-    ) as error:
+    with pytest.raises(UserError, match=r"stopped at step 3 \(loss nan, .*\): --resume with a lower --max_lr") as error:
         train("--eval_interval=0")
     assert "\n" not in str(error.value)
     assert [step for step, _ in losses(tmp_path / "log")] == [0, 1, 2]
@@ -1020,7 +1018,7 @@ def test_float16_does_not_skip_steps_forever(train, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
-    with pytest.raises(UserError, match=r"stopped before step 17 \(loss .* norm inf"):
+    with pytest.raises(UserError, match=r"stopped at step 17 \(loss .* norm inf"):
         train("--dtype=float16", "--max_steps=30", "--eval_interval=0", "--checkpoint_interval=0")
 
 
