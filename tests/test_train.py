@@ -394,6 +394,18 @@ def test_a_folder_that_was_moved_resumes_where_it_is(train, tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+def test_a_run_with_relative_paths_resumes_from_elsewhere(train, tmp_path, shards, monkeypatch):
+    monkeypatch.chdir(shards.parent)
+    train(f"--data={shards.name}", "--max_steps=2")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "log").rename(tmp_path / "elsewhere" / "log")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "HERE", tmp_path / "elsewhere")  # the project with its log folder, moved
+    train_gpt2.main(["--resume", "--max_steps=4"])
+    assert [step for step, _ in losses(tmp_path / "elsewhere" / "log")] == list(range(4))
+    assert not (tmp_path / "log").exists()
+
+
 def test_a_fitted_micro_batch_is_not_remembered(tmp_path, shards):
     """Two processes had 4 sequences each, so 8 did not fit; one process that resumes has 8."""
     flags = [*[flag for flag in TINY if "micro_batch" not in flag], f"--data={shards}", f"--log_dir={tmp_path}"]
@@ -832,7 +844,8 @@ def test_out_of_gpu_memory_names_the_next_smaller_micro_batch(train, monkeypatch
             train(f"--micro_batch_size={micro_batch}")
 
 
-def test_loss_that_is_not_finite_stops_before_the_step(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # in float16, an infinite norm alone would not stop it
+def test_loss_that_is_not_finite_stops_before_the_step(train, tmp_path, monkeypatch, dtype):
     forward, calls = GPT.forward, []
 
     def poisoned(self, idx, targets=None):
@@ -842,7 +855,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(train, tmp_path, monkeypa
 
     monkeypatch.setattr(GPT, "forward", poisoned)
     with pytest.raises(UserError, match=r"stopped at step 3 \(loss nan, .*\): --resume with a lower --max_lr") as error:
-        train("--eval_interval=0")
+        train("--eval_interval=0", f"--dtype={dtype}")
     assert "\n" not in str(error.value)
     assert [step for step, _ in losses(tmp_path / "log")] == [0, 1, 2]
     assert names_in(tmp_path / "log") == ["log.txt", "model_00002.pt"]
