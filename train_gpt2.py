@@ -423,7 +423,7 @@ def load_hellaswag(source, block_size):
 
 def print_samples(model, settings):
     """Print num_samples continuations of the prompt, each up to its <|endoftext|>."""
-    if settings.prompt == "-":
+    if settings.prompt == "-" and get_ranks()[0] == 0:  # the other processes would read parts of it
         settings.prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n")
     encoding = gpt2_encoding()
     prompt = encoding.encode_ordinary(settings.prompt) or [encoding.eot_token]  # no prompt: start a document
