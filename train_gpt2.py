@@ -86,9 +86,10 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
-        # This is softmax(q @ k.T / sqrt(head_size)) @ v, with later tokens masked out: a token must not see what it has
-        # to predict. Step by step, a (T, T) matrix per head would go to GPU memory and back. FlashAttention (Dao et al.
-        # 2022) works in tiles that fit on the chip, and recomputes them in the backward pass (lecture: 130 to 96 ms).
+        # This is softmax(q @ k.T / sqrt(head_size)) @ v. The root keeps the variance of the scores near 1. Later tokens
+        # are masked out: a token must not see what it has to predict. Step by step, a (T, T) matrix per head would go
+        # to GPU memory and back. FlashAttention (Dao et al. 2022) works in tiles that fit on the chip, with running
+        # sums for the softmax, and recomputes them in the backward pass (lecture: 130 to 96 ms).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.c_proj(y)  # mixes the heads
@@ -150,7 +151,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)  # OpenAI's (0.01 for wpe), about 1 / sqrt(n_embd)
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)  # OpenAI's std (but theirs is 0.01 for wpe)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -176,7 +177,7 @@ class GPT(nn.Module):
         loss_sum = 0.0
         for chunk, y in zip(x.flatten(0, 1).split(chunk_size), targets.flatten().split(chunk_size), strict=True):
             logits = self.lm_head(chunk)  # (chunk_size, vocab_size)
-            # float(): under autocast (section 9), a GPU would round the log-probabilities to bf16.
+            # float(): despite autocast (section 9), a GPU would round the log-probabilities to bf16.
             loss_sum += F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="sum")
         return None, loss_sum / (targets != -1).sum()
 
@@ -251,7 +252,7 @@ class GPT(nn.Module):
     # 3. Sampling
 
     @torch.no_grad()
-    @hellaswag.without_cudnn  # cuDNN's attention needs 0.4 s of setup for every new length
+    @hellaswag.without_cudnn  # cuDNN's FlashAttention needs 0.4 s of setup for every new length
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
         """Continue each sequence by max_new_tokens: (B, T) int64 -> (B, T + max_new_tokens).
 
@@ -295,8 +296,8 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
 
 
 def fit_micro_batch(settings, given, world_size):
-    """A step sums the gradients of micro-batches of B sequences (section 9). Returns B: the default, lowered until it
-    divides the sequences of each process. Raises UserError if the step cannot be divided, or not by the B given."""
+    """A step averages the gradients of micro-batches of B sequences (section 9). Returns B: the default, lowered until
+    it divides the sequences of each process. Raises UserError if the step, or the B given, does not divide evenly."""
     num_sequences = max(1, settings.total_batch_size // (settings.block_size * world_size))
     total = num_sequences * settings.block_size * world_size  # tokens
     B = max(n for n in range(1, min(settings.micro_batch_size, num_sequences) + 1) if num_sequences % n == 0)
@@ -307,7 +308,7 @@ def fit_micro_batch(settings, given, world_size):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Data
-# fineweb.py turns FineWeb-Edu's web pages, each after <|endoftext|>, into one stream, in files of 100M tokens: shards.
+# fineweb.py joins FineWeb-Edu's web pages, <|endoftext|> before each, into one stream, cut into shards of 100M tokens.
 
 
 def open_tokens(path, split):
@@ -336,10 +337,10 @@ def shuffled_windows(num_windows, seed, epoch):
 class DataLoaderLite:
     """Batches of one split, "train" or "val", from a folder of shards or a text file.
 
-    The shards form one endless, repeating stream, read in windows of T tokens. Batch k of process r has the B windows
-    from number (k * num_processes + r) * B on. This position is computed, not stored: processes cannot drift apart, and
-    a resumed run repeats and skips nothing, even on another number of GPUs. With shuffle, each epoch has a new random
-    order: FineWeb-Edu's own order makes waves in the loss (gain: 0.017, in a run by garg-aayush)."""
+    The shards form one endless, repeating stream, read in windows of T tokens. Batch k of process r is B windows,
+    starting at number (k * num_processes + r) * B. This is computed, not stored: processes cannot drift apart, and a
+    resumed run repeats and skips nothing, even on a different number of GPUs. With shuffle, each epoch has a new random
+    order: FineWeb-Edu's own order makes waves in the loss (shuffling gained 0.017 for garg-aayush)."""
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root, shuffle=False, seed=1337):
         self.B, self.T, self.split, self.shuffle, self.seed = B, T, split, shuffle, seed
@@ -379,7 +380,7 @@ class DataLoaderLite:
             n = max(1, (self.num_tokens - 1) // self.T)  # windows in an epoch
             windows = np.array([shuffled_windows(n, self.seed, i // n)[i % n] for i in windows])
         tokens = self.read((windows[:, None] * self.T + np.arange(self.T + 1)) % self.num_tokens)  # (B, T + 1)
-        # From pinned memory, the GPU copies the tokens by itself while the CPU continues.
+        # Pinned memory is never paged out, so the GPU can copy from it by itself while the CPU continues.
         tokens = tokens.pin_memory() if torch.device(device).type == "cuda" else tokens
         tokens = tokens.to(device, non_blocking=tokens.is_pinned())
         return tokens[:, :-1], tokens[:, 1:]
@@ -410,7 +411,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
 
 
 def load_hellaswag(source, block_size):
-    """HellaSwag, tokenized: of four endings of a text, does the model find the true one most likely? Returns [] if the
+    """HellaSwag, tokenized: of four endings of a text, does the true one have the lowest mean loss? Returns [] if the
     official file cannot be downloaded."""
     try:
         return hellaswag.tokenize(hellaswag.load_examples(source), block_size)
@@ -473,7 +474,7 @@ def pick_device(name, local_rank=0, world_size=1):
 
 
 def pick_dtype(name, device):
-    """The dtype of matmuls. bfloat16 is float32 with 7 instead of 23 bits of fraction: half the memory traffic, the
+    """The dtype of matmuls. bfloat16 is float32 with 7 instead of 23 bits of fraction: faster to multiply, with the
     same range. float16 has a smaller range, in which small gradients become 0. The gradient scaler prevents that: it
     multiplies the loss, divides the gradients by the same factor, and skips the step if any of them has overflowed."""
     if device.type == "mps" and name in ("bfloat16", "float16"):
@@ -559,7 +560,7 @@ class Settings:
     compile: str = setting("auto", "torch.compile: auto (on CUDA), True or False", ("auto", True, False))
 
 
-# These suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy: half the recipe's max_lr.
+# These suit a megabyte of text and two CPU cores. So few tokens give a noisy gradient, so max_lr is halved.
 TEXT_FILE_SETTINGS = {"block_size": 128, "total_batch_size": 1024, "micro_batch_size": 4}
 TEXT_FILE_SETTINGS |= {"max_steps": 60, "warmup_steps": 10, "max_lr": 3e-4}
 TEXT_FILE_SETTINGS |= {"eval_interval": 20, "val_tokens": 2048, "hellaswag": "off", "prompt": "ROMEO:\n"}
@@ -580,10 +581,10 @@ def train(settings, given, checkpoint):
     keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # TF32: float32 matmuls round their inputs to 10 bits of fraction (lecture: 1000 to 333 ms).
+        # TF32: tensor cores multiply float32 numbers rounded to 10 bits of fraction (lecture: 1000 to 333 ms).
         torch.set_float32_matmul_precision("high")
     if ddp:
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)  # for GPUs, for CPUs
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=10))
         check_ranks_agree(asdict(settings))
     # Autocast runs matmuls in this dtype. Weights, optimizer state and operations that need precision stay in float32
@@ -592,7 +593,7 @@ def train(settings, given, checkpoint):
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # for other dtypes it does nothing
 
-    # Model, torch.compile, DDP. They wrap raw_model and share its weights. It serves checkpoints and varying shapes.
+    # Model, torch.compile, DDP. Both wrap raw_model and share its weights. Checkpoints and samples use raw_model.
     raw_model = build_model(settings, given, checkpoint).to(device)  # may lower settings.block_size
     wants_compile = settings.compile is True or (settings.compile == "auto" and device.type == "cuda")
     compiled = wants_compile and can_compile(device)
@@ -602,7 +603,7 @@ def train(settings, given, checkpoint):
     if ddp:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # one copy of the gradients
 
-    # Data. Where a batch of half a million tokens does not fit into memory, a step accumulates several micro-batches.
+    # Data. If a batch of half a million tokens does not fit into memory, a step accumulates several micro-batches.
     B, T = fit_micro_batch(settings, given, world_size), settings.block_size
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data, settings.shuffle, settings.seed)
