@@ -464,7 +464,7 @@ def print0(text):
 def pick_device(name, local_rank=0, world_size=1):
     """The torch.device of this process. Raises UserError if there is no such device."""
     mps = ["mps"] if torch.backends.mps.is_available() and world_size == 1 else []  # DDP does not support Apple's GPUs
-    devices = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *mps, "cpu"]
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count()) if torch.cuda.is_available()] + mps + ["cpu"]
     name = devices[0] if name == "auto" else name
     if name == "cuda" or (name.startswith("cuda:") and world_size > 1):
         name = f"cuda:{local_rank}"

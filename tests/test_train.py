@@ -831,6 +831,8 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
         train_gpt2.pick_device("auto", 2, 4)
     with pytest.raises(UserError, match="cuda:5 is not available"):
         train_gpt2.pick_device("cuda:5", 0, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the driver counts GPUs, but torch cannot use them
+    assert train_gpt2.pick_device("auto").type in ("cpu", "mps")
 
 
 def test_out_of_gpu_memory_names_the_next_smaller_micro_batch(train, monkeypatch):
