@@ -228,8 +228,8 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write a new folder for transformers: config, tokenizer, and the weights in float32, without the padding of
-        the vocabulary. Raises UserError if the folder exists, or cannot be written."""
+        """Write a folder for transformers: config, tokenizer, and the weights in float32, without the padding of the
+        vocabulary. Raises UserError if it cannot be written."""
         from safetensors.torch import save
 
         tensors = {}
@@ -241,9 +241,9 @@ class GPT(nn.Module):
         weights = save(tensors, metadata={"format": "pt"})  # save_file() would make a file that only its owner can read
         config = {hf_name: getattr(self.config, name) for name, hf_name in self.HF_NAMES.items()} | dict(self.HF_VALUES)
         config |= {"architectures": ["GPT2LMHeadModel"], "vocab_size": len(tensors["transformer.wte.weight"])}
-        with reported_as(f"{folder} cannot be written; name a new folder"):
+        with reported_as(f"{folder} cannot be written"):
             folder = Path(folder)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             replace_file(folder / "model.safetensors", lambda path: path.write_bytes(weights))
             replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(config), encoding="utf-8"))
             fineweb.save_tokenizer(folder, self.config.block_size)
@@ -916,8 +916,8 @@ def main(argv=None):
     checkpoint = newest_checkpoint(given.get("log_dir", HERE / "log")) if given.get("resume") else None
     settings = make_settings(given, checkpoint["settings"] if checkpoint else None)
     if "export" in given:
-        if not settings.export or (checkpoint is None and settings.init_from == "scratch"):
-            raise UserError("--export needs weights, from --init_from or --resume, and a folder's name", status=2)
+        if Path(settings.export).exists() or (checkpoint is None and settings.init_from == "scratch"):
+            raise UserError("--export needs weights, from --init_from or --resume, and a new folder's name", status=2)
         build_model(settings, given, checkpoint).save_pretrained(settings.export)
         return print0(f"exported: {settings.export}")
     if "prompt" in given and settings.max_steps == 0 and settings.num_samples > 0:

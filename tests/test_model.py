@@ -63,12 +63,12 @@ def test_saved_folder_is_read_by_transformers(tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    model.save_pretrained(tmp_path / "saved")
-    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    model.save_pretrained(tmp_path)
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())  # no missing, unexpected or misshapen tensor
     x = torch.randint(50257, (2, 24))
     assert relative(theirs.eval()(x).logits, model(x)[0][:, :, :50257]) < 1e-5
-    again = GPT.from_pretrained(tmp_path / "saved")
+    again = GPT.from_pretrained(tmp_path)
     assert again.config.vocab_size == 50257
     assert torch.equal(again.transformer.wte.weight, model.transformer.wte.weight[:50257])
 
@@ -279,8 +279,8 @@ def test_context_is_causal_and_bounded():
 
 
 def test_config_json_says_gpt2(tmp_path):
-    small_model().save_pretrained(tmp_path / "saved")
-    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    small_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["vocab_size"], config["n_positions"]) == ("gpt2", 50257, 8)
 
 

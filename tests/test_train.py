@@ -282,17 +282,19 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
     assert files_in(tmp_path / "log") == before
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model-00001-of-00002.safetensors").write_text("another model's")
-    with pytest.raises(UserError, match="folder cannot be written; name a new folder"):
-        train("--resume", f"--export={tmp_path / 'folder'}")
-    with pytest.raises(UserError, match="--export needs") as error:
-        train("--resume", "--export=")
-    assert error.value.status == 2
-    with pytest.raises(UserError, match="--export needs weights") as error:
-        train(f"--export={tmp_path / 'folder'}")
-    assert error.value.status == 2
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        train("--resume", f"--export={tmp_path / 'file'}")
+    for flags in (
+        ["--resume", f"--export={tmp_path / 'folder'}"],
+        ["--resume", f"--export={tmp_path / 'file'}"],
+        ["--resume", "--export="],
+        [f"--export={tmp_path / 'new'}"],  # without weights
+    ):
+        with pytest.raises(UserError, match="--export needs weights.* and a new folder's name") as error:
+            train(*flags)
+        assert error.value.status == 2
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="file/folder cannot be written"):
+        train("--resume", f"--export={tmp_path / 'file' / 'folder'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
