@@ -369,7 +369,7 @@ class DataLoaderLite:
                 shard = open_tokens(self.shards[i], self.split)
                 assert len(shard) == np.diff(self.starts)[i], "it has changed since the start: restore it, use --resume"
                 tokens[in_shard] = shard[positions[in_shard] - self.starts[i]]
-                assert tokens[in_shard].max() < GPT2_VOCAB_SIZE, "it has a token id above 50256: recreate it"
+                assert tokens[in_shard].max() < GPT2_VOCAB_SIZE, f"it has a token {tokens[in_shard].max()}: recreate it"
         return torch.from_numpy(tokens)
 
     def next_batch(self, device="cpu"):
@@ -414,7 +414,8 @@ def load_hellaswag(source, block_size):
     """HellaSwag, tokenized: of four endings of a text, does the true one have the lowest mean loss? Returns [] if the
     official file cannot be downloaded."""
     try:
-        return hellaswag.tokenize(hellaswag.load_examples(source), block_size)
+        examples = hellaswag.load_examples(source) if source != "off" else []
+        return hellaswag.tokenize(examples, block_size)
     except UserError as error:
         if source != "official":
             raise
@@ -608,8 +609,7 @@ def train(settings, given, checkpoint):
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data, settings.shuffle, settings.seed)
     val_loader = DataLoaderLite(B, T, rank, world_size, "val", settings.data)
-    use_hellaswag = settings.eval_interval > 0 and settings.hellaswag != "off"
-    examples = load_hellaswag(settings.hellaswag, raw_model.config.block_size) if use_hellaswag else []
+    examples = load_hellaswag(settings.hellaswag, raw_model.config.block_size) if settings.eval_interval > 0 else []
 
     # Optimizer, resume, log. data: what fixes the order of tokens; it must match on all ranks and on resume.
     min_lr = 0.1 * settings.max_lr if settings.min_lr is None else settings.min_lr
@@ -631,7 +631,8 @@ def train(settings, given, checkpoint):
 
     caught = catch_signals() if settings.max_steps > 0 else []  # the list grows when a signal arrives
     stopped_by = 0  # the number of the signal that all ranks have agreed on
-    saved = True  # whether the last checkpoint could be written
+    saved = True  # whether the last attempt to write a checkpoint worked
+    newest = next(reversed(list_checkpoints(settings.log_dir)), "none")
     x, y = train_loader.next_batch(device)  # (B, T) each
     for step in range(start_step, settings.max_steps + 1):
         # There is one extra pass: after the last step, it only evaluates and saves the final model.
@@ -640,7 +641,7 @@ def train(settings, given, checkpoint):
         save_now = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
         save_now = step > start_step and (save_now or last_step or stopped_by)
         if (evaluate_now or save_now) and not all(p.isfinite().all() for p in raw_model.parameters()):
-            raise UserError(f"step {step}: the weights are not finite: --resume with a lower --max_lr")
+            raise UserError(f"step {step}: the weights are not finite: lower --max_lr. Last checkpoint: {newest}")
 
         # Once in a while: validation loss
         if evaluate_now:  # at first about ln(50304) = 10.8, a uniform guess. There is no dropout, so no model.eval()
@@ -662,7 +663,7 @@ def train(settings, given, checkpoint):
 
         # Once in a while, and before leaving: a checkpoint
         if save_now and master_process:
-            saved = save_checkpoint(step, raw_model, optimizer, scaler, settings, data)
+            saved, newest = save_checkpoint(step, raw_model, optimizer, scaler, settings, data)
         if last_step or stopped_by:
             break
 
@@ -696,7 +697,7 @@ def train(settings, given, checkpoint):
         # In float16, the norm may overflow: the scaler then skips the step and halves its scale. Below 1, give up.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(train_loss) or not (math.isfinite(norm) or may_overflow):
-            raise UserError(f"stopped at step {step} (loss {train_loss}, norm {norm}): --resume with a lower --max_lr")
+            raise UserError(f"step {step}: loss {train_loss}, norm {norm}: lower --max_lr. Last checkpoint: {newest}")
 
         # Take the step
         lr = get_lr(step, settings.max_steps, settings.warmup_steps, settings.max_lr, min_lr)
@@ -780,7 +781,7 @@ def list_checkpoints(log_dir):
 
 
 def save_checkpoint(step, model, optimizer, scaler, settings, data):
-    """Write log_dir/model_NNNNN.pt, and remove what keep_checkpoints does not keep. Returns whether that worked."""
+    """Write log_dir/model_NNNNN.pt, and remove what keep_checkpoints does not keep. Returns (success, newest path)."""
     path = Path(settings.log_dir) / f"model_{step:05d}.pt"
     checkpoint = {"step": step, "config": asdict(model.config), "data": data, "rng": torch.get_rng_state()}
     checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -790,7 +791,7 @@ def save_checkpoint(step, model, optimizer, scaler, settings, data):
         replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
     except (OSError, RuntimeError) as error:
         print0(f"warning: {path} could not be written ({fineweb.reason_of(error)}); training continues")
-        return False
+        return False, next(reversed(list_checkpoints(settings.log_dir)), "none")
     print0(f"checkpoint: {path}")
     paths = list_checkpoints(settings.log_dir)
     unneeded = paths[: paths.index(path) + 1][: -settings.keep_checkpoints]  # later ones are damaged; [:-0] is empty
@@ -798,7 +799,7 @@ def save_checkpoint(step, model, optimizer, scaler, settings, data):
     for old in unneeded:
         with suppress(OSError):
             old.unlink()
-    return True
+    return True, path
 
 
 def load_checkpoint(path):

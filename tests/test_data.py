@@ -192,9 +192,7 @@ def test_token_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
     np.save(tmp_path / "x_train_000001.npy", tokens)
     loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
     tokens[17] = 50256
-    with pytest.raises(
-        UserError, match=r"x_train_000001\.npy cannot be used: it has a token id above 50256: recreate it"
-    ):
+    with pytest.raises(UserError, match=r"x_train_000001\.npy .*has a token 50257"):
         loader.read(np.arange(100))
     np.save(tmp_path / "x_train_000001.npy", tokens)
     assert loader.read(np.arange(100)).max() == 50256
