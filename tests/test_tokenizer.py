@@ -1,9 +1,12 @@
 """The tokenizer that needs no download."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,6 +55,56 @@ def test_the_pattern_cuts_as_tiktokens_own_does(tiktokens, text):
 @pytest.mark.parametrize("end", ["", "x", " ", "\n x"])
 def test_very_long_runs_are_cut_as_tiktoken_does(tiktokens, character, end):
     assert same_tokens(character * 100_000 + end, tiktokens)
+
+
+@pytest.fixture(scope="module")
+def short_runs():
+    """LONG_RUN for runs of 20 instead of 100,000, which tiktoken's own pattern can do as well."""
+    return re.compile(fineweb.LONG_RUN.pattern.replace("100000", "20"))
+
+
+BLANKS = " \t\n\r\x0b\x0c\u0085\u00a0\u2003\u2028\u3000"
+
+
+@settings(max_examples=1000)
+@given(st.lists(st.text("ab.1'\x1c\x1f" + BLANKS, max_size=5) | st.text(BLANKS, min_size=15, max_size=50)))
+def test_long_runs_of_white_space_are_cut_without_changing_tokens(tiktokens, short_runs, parts):
+    text = "".join(parts)
+    with mock.patch.multiple(fineweb, LONG_RUN=short_runs, LONG_RUN_LENGTH=20):
+        assert "".join(fineweb.cut_long_runs(text)) == text
+        assert fineweb.encode_text(text).tolist() == tiktokens.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\u00a0", " \n", "\n\t \u00a0"])
+@pytest.mark.parametrize("n", [99_999, 100_000, 100_001, 400_000])
+@pytest.mark.parametrize("end", ["", "x", "'s", "\x1cx"])
+def test_at_any_length_that_tiktoken_can_do_the_tokens_are_its_own(tiktokens, run, n, end):
+    text = "start" + (run * n)[:n] + end
+    assert fineweb.encode_text(text).tolist() == tiktokens.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("character", [" ", "\n", "a", "."])
+@pytest.mark.parametrize("end", ["", " x", "\n.", "x"])
+def test_a_run_of_millions_is_no_problem(character, end):
+    text = "start" + character * 2_500_000 + end
+    tokens = fineweb.encode_text(text)
+    assert fineweb.gpt2_encoding().decode(tokens.tolist()) == text
+
+
+def test_white_space_is_the_regex_engines():
+    """Python's \\s also has \\x1c to \\x1f, which the engine counts as punctuation."""
+    engine = tiktoken.Encoding(
+        "blanks", pat_str=r"\s", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+    )
+    for character in map(chr, range(0x3100)):
+        assert bool(re.fullmatch(fineweb.BLANK, character)) == bool(engine.encode(character)), repr(character)
+
+
+def test_a_text_with_many_runs_takes_no_time():
+    text = ("x" + " " * 99_999) * 20 + " " * 300_000  # none, or only the last, is long enough to cut
+    start = time.perf_counter()
+    assert fineweb.cut_long_runs(text) == [text]
+    assert time.perf_counter() - start < 5  # it took minutes, when each blank was a place where a run could start
 
 
 def test_every_character_is_cut_as_tiktoken_does(tiktokens):
