@@ -112,8 +112,8 @@ def test_text_file_is_split_nine_to_one(tmp_path):
     train = DataLoaderLite(1, 4, 0, 1, "train", tmp_path / "play.txt")
     val = DataLoaderLite(1, 4, 0, 1, "val", str(tmp_path / "play.txt"))
     split = len(tokens) * 9 // 10
-    assert train.read(np.arange(train.num_tokens)).tolist() == tokens[:split]
-    assert val.read(np.arange(val.num_tokens)).tolist() == tokens[split:]
+    assert train.read(0, train.num_tokens).tolist() == tokens[:split]
+    assert val.read(0, val.num_tokens).tolist() == tokens[split:]
 
 
 def test_one_shard_is_not_both_splits(tmp_path):
@@ -193,9 +193,9 @@ def test_token_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
     loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
     tokens[17] = 50256
     with pytest.raises(UserError, match=r"x_train_000001\.npy .*has a token 50257"):
-        loader.read(np.arange(100))
+        loader.read(0, 100)
     np.save(tmp_path / "x_train_000001.npy", tokens)
-    assert loader.read(np.arange(100)).max() == 50256
+    assert loader.read(0, 100).max() == 50256
 
 
 def test_shard_that_changes_during_training_is_named(tmp_path):
@@ -204,13 +204,13 @@ def test_shard_that_changes_during_training_is_named(tmp_path):
     loader = DataLoaderLite(1, 60, 0, 1, "train", tmp_path)
     truncate(path, -40)
     with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used"):
-        loader.read(np.arange(100))
+        loader.read(0, 100)
     np.save(path, np.arange(30, dtype=np.uint16))  # a whole shard, but a shorter one
     with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used: it has changed since the start"):
-        loader.read(np.arange(100))
+        loader.read(0, 100)
     path.unlink()
     with pytest.raises(UserError, match=r"x_train_000001\.npy cannot be used"):
-        loader.read(np.arange(100))
+        loader.read(0, 100)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_shard_that_changes_during_training_is_named(tmp_path):
     [
         (lambda path: None, "must be a text file, or a folder that has .*_val_NNNNNN.npy"),
         (lambda path: path.mkdir(), "a folder that has .*_val_NNNNNN.npy"),
-        (lambda path: path.write_text(""), r"data .*(shape \(0,\)|0 val tokens)"),
+        (lambda path: path.write_text(""), "data cannot be used as val data: it is empty"),
         (lambda path: path.write_text("Hi"), "1 val tokens"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00" * 40), "data cannot be used.*utf-8"),
     ],

@@ -4,8 +4,11 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,10 +17,11 @@ import torch
 from conftest import ROOT, TINY, read_log, run_script
 from torch.nn import functional as F
 
+import fineweb
 import hellaswag
 import train_gpt2
 from fineweb import UserError, gpt2_encoding
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, save_pretrained
 
 CPU = torch.device("cpu")
 
@@ -95,7 +99,7 @@ def test_losses_of_a_case_worked_by_hand():
     with torch.no_grad():
         model.lm_head.weight.zero_()
     example = {"ctx": "A man", "endings": ["sits down", "runs", "eats a pie.", "is"], "label": 3}
-    examples = hellaswag.tokenize([example], 128)
+    examples = hellaswag.tokenize_examples([example], 128)
     ((label, rows),) = examples
     assert label == 3
     assert [mask.tolist() for _, mask in rows] == [[0, 0, 1, 1], [0, 0, 1], [0, 0, 1, 1, 1, 1], [0, 0, 1]]
@@ -108,7 +112,7 @@ def test_losses_of_a_case_worked_by_hand():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_equals_one_example_at_a_time(seed):
     made, model = make_examples(60, seed), make_model(seed)
-    examples = hellaswag.tokenize(made, 128)
+    examples = hellaswag.tokenize_examples(made, 128)
     expected, counts = plain_losses(model, made)
     labels = torch.tensor([example["label"] for example in made])
     assert [[mask.sum() for _, mask in rows] for _, rows in examples] == counts.tolist()
@@ -122,7 +126,7 @@ def test_equals_one_example_at_a_time(seed):
 
 def test_any_number_of_processes_shares_the_work():
     model = make_model()
-    examples = hellaswag.tokenize(make_examples(7), 128)
+    examples = hellaswag.tokenize_examples(make_examples(7), 128)
     whole = hellaswag.ending_losses(model, examples, CPU, batch_size=3)
     for world_size in (1, 2, 5, 40):  # more than there are batches, too
         parts = [hellaswag.ending_losses(model, examples, CPU, rank, world_size, 3) for rank in range(world_size)]
@@ -131,7 +135,7 @@ def test_any_number_of_processes_shares_the_work():
 
 def test_rows_longer_than_the_context_keep_their_end():
     made, model = make_examples(20), make_model(block_size=12)
-    losses = hellaswag.ending_losses(model, hellaswag.tokenize(made, 12), CPU, batch_size=5)
+    losses = hellaswag.ending_losses(model, hellaswag.tokenize_examples(made, 12), CPU, batch_size=5)
     encoding = gpt2_encoding()
     for example, found in zip(made, losses, strict=True):
         for text, loss in zip(example["endings"], found, strict=True):
@@ -147,7 +151,7 @@ def test_in_training_on_any_number_of_processes(tmp_path, shards, nproc):
     flags = [*TINY, f"--data={shards}", f"--log_dir={tmp_path / 'log'}", f"--hellaswag={data}", "--max_steps=2"]
     run = run_script(*flags, nproc=nproc)
     assert run.returncode == 0, run.stderr
-    examples = hellaswag.tokenize(make_examples(30), 16)
+    examples = hellaswag.tokenize_examples(make_examples(30), 16)
     for step, where in ((0, None), (2, tmp_path / "log" / "model_00002.pt")):
         torch.manual_seed(1337)
         model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
@@ -197,7 +201,7 @@ def official(tmp_path, monkeypatch):
     content = (tmp_path / "hellaswag_val.jsonl").read_bytes()
     monkeypatch.setattr(hellaswag, "OFFICIAL", f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl")
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(hellaswag, "HERE", tmp_path / "project")
+    monkeypatch.setattr(fineweb, "HERE", tmp_path / "project")
     (tmp_path / "project").mkdir()
     timeout = socket.getdefaulttimeout()
     yield server
@@ -218,11 +222,30 @@ def test_official_file_is_downloaded_once(tmp_path, monkeypatch, official):
     official.server_close()
     assert hellaswag.load_examples("official", limit=2) == examples[:2]
     assert downloaded(tmp_path / "project") == ["hellaswag_val.jsonl"]
-    monkeypatch.setattr(hellaswag, "HERE", tmp_path / "other")
+    monkeypatch.setattr(fineweb, "HERE", tmp_path / "other")
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="could not be downloaded"):
         hellaswag.load_examples("official")
     assert downloaded(tmp_path / "other") == []
+
+
+def test_a_file_that_is_there_needs_no_lock(tmp_path, monkeypatch):
+    """The folder of the code may be read-only."""
+    monkeypatch.setattr(fineweb, "HERE", tmp_path)
+    (tmp_path / "hellaswag").mkdir()
+    write_examples(tmp_path / "hellaswag" / "hellaswag_val.jsonl", make_examples(5))
+    monkeypatch.setattr(hellaswag, "FileLock", None)
+    assert hellaswag.load_examples("official") == make_examples(5)
+    assert downloaded(tmp_path) == ["hellaswag_val.jsonl"]
+
+
+def test_a_local_file_needs_no_home_folder(tmp_path):
+    data = write_examples(tmp_path / "hella.jsonl", make_examples(5))
+    code = f"import hellaswag; print(len(hellaswag.load_examples({str(data)!r})))"
+    nowhere = {"HOME": "/dev/null/home", "HF_HOME": "/dev/null/home/cache"}
+    environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout == "5\n", run.stderr
 
 
 @pytest.mark.parametrize("damage", ["another file", "cut off"])
@@ -245,7 +268,7 @@ def test_official_file_with_another_hash_is_refused_and_not_kept(tmp_path, monke
     ("content", "message"),
     [
         (None, "cannot be used"),
-        ("", "cannot be used|has no examples"),
+        ("", "cannot be used: it is empty"),
         ("not json\n", "cannot be used"),
         ('{"ctx": "A"}\n', "cannot be used"),
         ('{"ctx": "A", "endings": ["a", "b", "c"], "label": 1}\n', "cannot be used"),
@@ -265,9 +288,16 @@ def test_bad_local_file_is_refused_in_one_line(train, tmp_path, content, message
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("limit", ["0", "-5"])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(UserError, match="--limit must be at least 1") as error:
+        hellaswag.main([f"--limit={limit}"])
+    assert error.value.status == 2
+
+
 def test_command_line(tmp_path, capsys):
     model, examples = make_model(), make_examples(12)
-    model.save_pretrained(tmp_path / "model")
+    save_pretrained(model, tmp_path / "model")
     data = write_examples(tmp_path / "hella.jsonl", examples)
     hellaswag.main(["-m", str(tmp_path / "model"), "-d", "cpu", f"--data={data}", "--limit=9", "--show=2"])
     out = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The training loop: what it computes, that it can be interrupted, and what it says when something is wrong."""
 
+import errno
 import functools
 import math
 import os
@@ -16,9 +17,10 @@ from conftest import ROOT, SIGNALS, TINY, files_in, names_in, read_log, run_scri
 from filelock import FileLock
 from torch._dynamo.utils import counters
 
+import fineweb
 import train_gpt2
 from fineweb import UserError
-from train_gpt2 import GPT, GPTConfig, Settings
+from train_gpt2 import GPT, GPTConfig, Settings, complete_settings, merge_settings, save_pretrained
 
 
 def losses(folder, kind="train"):
@@ -91,9 +93,9 @@ sys.argv[0] = "train_gpt2.py"
 flags, other_flags, other_data = {flags!r}, {other_flags!r}, {other_data!r}
 if os.environ["RANK"] == "1":
     flags = flags + other_flags
-    open_tokens = train_gpt2.open_tokens
+    open_tokens = fineweb.open_tokens
     if other_data:
-        train_gpt2.open_tokens = lambda path, split: open_tokens(Path(other_data) / path.name, split)
+        fineweb.open_tokens = lambda path, split: open_tokens(Path(other_data) / path.name, split)
 fineweb.run_main(lambda: train_gpt2.main(flags))
 """
 
@@ -156,7 +158,8 @@ def test_validation_loss_is_the_mean_over_tokens(train, shards, tmp_path, val_to
 
 def test_compiled_run_equals_eager_and_is_compiled_twice(train, tmp_path, monkeypatch):
     """Once to evaluate without gradients, once to train, however often they alternate."""
-    monkeypatch.setattr(train_gpt2, "can_compile", lambda device: True)  # it compiles a function of its own
+    # It compiles a function of its own, too.
+    monkeypatch.setattr(train_gpt2, "can_compile", lambda wanted, device: wanted is True)
     train(f"--log_dir={tmp_path / 'eager'}", "--dtype=bfloat16")
     torch._dynamo.reset()
     counters.clear()
@@ -179,7 +182,7 @@ from torch._dynamo.backends.distributed import DDPOptimizer
 compile_fn = DDPOptimizer.compile_fn
 def record(self, graph, example_inputs):
     compiled = compile_fn(self, graph, example_inputs)
-    train_gpt2.print0(f"DDPOptimizer: {{len(self.buckets)}} buckets")
+    fineweb.print0(f"DDPOptimizer: {{len(self.buckets)}} buckets")
     return compiled
 DDPOptimizer.compile_fn = record
 sys.argv[0] = "train_gpt2.py"
@@ -210,7 +213,7 @@ def test_without_a_compiler_the_run_is_eager_with_one_warning(train, monkeypatch
     monkeypatch.setattr(torch, "compile", broken)
     out = train("--compile=True", "--max_steps=1")
     assert out.count("warning: torch.compile does not work here") == 1
-    assert "(RuntimeError)" in out
+    assert "(RuntimeError: no compiler)" in out
     assert ", eager\n" in out
 
 
@@ -402,7 +405,7 @@ def test_a_run_with_relative_paths_resumes_from_elsewhere(train, tmp_path, shard
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "log").rename(tmp_path / "elsewhere" / "log")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt2, "HERE", tmp_path / "elsewhere")  # the project with its log folder, moved
+    monkeypatch.setattr(fineweb, "HERE", tmp_path / "elsewhere")  # the project with its log folder, moved
     train_gpt2.main(["--resume", "--max_steps=4"])
     assert [step for step, _ in losses(tmp_path / "elsewhere" / "log")] == list(range(4))
     assert not (tmp_path / "log").exists()
@@ -417,6 +420,18 @@ def test_a_fitted_micro_batch_is_not_remembered(tmp_path, shards):
     assert "\nstep: 128 tokens, B=8, T=16, grad_accum_steps=1, world_size=1, start_step=2\n" in run.stdout
 
 
+def test_going_on_after_the_last_step_keeps_its_evaluation(train, tmp_path):
+    """It was made because the run ended there: the longer run does not make it again."""
+    train("--max_steps=3", "--eval_interval=2")
+    ended = read_log(tmp_path / "log")
+    assert (3, "val") in [entry[:2] for entry in ended]
+    train("--resume", "--max_steps=5")
+    assert read_log(tmp_path / "log")[: len(ended)] == ended
+    assert [entry[:2] for entry in read_log(tmp_path / "log")[len(ended) :]] == [
+        *[(3, "train"), (4, "val"), (4, "train"), (5, "val")]
+    ]
+
+
 def test_resume_on_two_processes(train, tmp_path, shards):
     train(f"--log_dir={tmp_path / 'whole'}")
     train()
@@ -429,7 +444,10 @@ def test_resume_on_two_processes(train, tmp_path, shards):
 
 
 def test_resume_with_nothing_to_resume_starts_from_scratch(train, tmp_path):
-    assert "start_step=0" in train("--resume", "--max_steps=2")
+    out = train("--resume", "--max_steps=2")
+    assert f"no checkpoint in {tmp_path / 'log'}: starting from scratch" in out
+    assert "start_step=0" in out
+    assert "this run is finished: a larger --max_steps than 2 continues it" in train("--resume", "--max_steps=2")
     assert [step for step, _ in losses(tmp_path / "log")] == [0, 1]
     assert "start_step=2" in train("--resume", "--max_steps=3")
 
@@ -509,7 +527,7 @@ def test_max_steps_0_evaluates_and_samples_and_writes_nothing(train, tmp_path):
 def test_with_a_prompt_and_no_steps_it_only_samples(train, tmp_path, monkeypatch):
     train("--max_steps=2")
     before = [(path, path.stat().st_mtime_ns) for path in files_in(tmp_path / "log")]
-    monkeypatch.setattr(train_gpt2, "open_tokens", None)  # no data is opened
+    monkeypatch.setattr(fineweb, "open_tokens", None)  # no data is opened
     monkeypatch.setattr(train_gpt2, "DataLoaderLite", None)
     monkeypatch.setattr(train_gpt2.hellaswag, "load_examples", None)
     common = ["--max_steps=0", "--prompt=Once upon a time", "--num_samples=3", "--hellaswag=official", "--data=nowhere"]
@@ -527,7 +545,7 @@ def test_training_starts_from_weights_only(train, tmp_path):
     train(f"--init_from={tmp_path / 'log' / 'model_00002.pt'}", f"--log_dir={tmp_path / 'second'}", "--max_steps=1")
     assert losses(tmp_path / "second", "val")[0] == (0, losses(tmp_path / "log", "val")[-1][1])
     model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8))
-    model.save_pretrained(tmp_path / "folder")
+    save_pretrained(model, tmp_path / "folder")
     shape = [flag for flag in TINY if not flag.startswith("--n_")]
     data = [f"--data={tmp_path}", f"--log_dir={tmp_path / 'third'}"]
     write_shards(tmp_path, "train", [300])
@@ -543,7 +561,7 @@ def test_gpt2_comes_from_the_hub_cache(tmp_path, shards):
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("607a30d783dfa663caf39e06633721c8d4cfcd7e")
     model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=8))
-    model.save_pretrained(repo / "snapshots" / "607a30d783dfa663caf39e06633721c8d4cfcd7e")
+    save_pretrained(model, repo / "snapshots" / "607a30d783dfa663caf39e06633721c8d4cfcd7e")
     flags = ["--init_from=gpt2", "--max_steps=0", f"--data={shards}", "--device=cpu", "--total_batch_size=16"]
     run = run_script(*flags, env={"HF_HOME": str(tmp_path)})
     assert run.returncode == 0, run.stderr
@@ -566,13 +584,18 @@ def test_every_setting_is_a_flag_with_its_default_in_the_help():
 
 
 def test_the_recipe_is_the_default():
-    recipe = vars(Settings())
+    recipe = vars(complete_settings(merge_settings({"data": "edu_fineweb10B", "log_dir": "log"}), 8))
     expected = {
         "model": "gpt2",
         "block_size": 1024,
         "vocab_size": 50304,
         "total_batch_size": 2**19,
         "micro_batch_size": 64,
+        "max_lr": 6e-4,
+        "min_lr": 0.1 * 6e-4,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
         "max_steps": 19073,
         "warmup_steps": 715,
         "weight_decay": 0.1,
@@ -594,31 +617,52 @@ def test_the_recipe_is_the_default():
 
 
 def test_absent_default_data_means_input_txt_and_flags_still_override(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "HERE", tmp_path)
+    monkeypatch.setattr(fineweb, "HERE", tmp_path)
     (tmp_path / "input.txt").write_text("words", encoding="utf-8")
-    settings = train_gpt2.make_settings({"max_steps": 7})
+    settings = merge_settings({"max_steps": 7})
     assert settings.data == str(tmp_path / "input.txt")
     assert (settings.max_steps, settings.total_batch_size, settings.model) == (7, 1024, "gpt2")
     (tmp_path / "edu_fineweb10B" / ".download").mkdir(parents=True)  # nothing could be downloaded
-    assert train_gpt2.make_settings({}).data == str(tmp_path / "input.txt")
+    assert merge_settings({}).data == str(tmp_path / "input.txt")
     (tmp_path / "edu_fineweb10B" / "edufineweb_val_000000.npy").touch()
-    settings = train_gpt2.make_settings({"max_steps": 7})
+    settings = merge_settings({"max_steps": 7})
     assert settings.data == str(tmp_path / "edu_fineweb10B")
     assert (settings.max_steps, settings.total_batch_size) == (7, 2**19)
 
 
-def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
+def test_the_micro_batch_is_the_largest_that_divides_the_sequences_of_a_process():
+    recipe = merge_settings({"data": str(ROOT / "tests")})
+    assert (recipe.micro_batch_size, recipe.min_lr) == (None, None)
     for world_size, expected in {1: 64, 2: 64, 4: 64, 8: 64, 16: 32, 32: 16}.items():
-        assert train_gpt2.fit_micro_batch(Settings(), {}, world_size) == expected
+        assert complete_settings(recipe, world_size).micro_batch_size == expected
+    for given, expected in {1: 1, 3: 2, 5: 4, 48: 32, 64: 64, 100: 64, 300: 256, 1000: 512, 2**32: 512}.items():
+        settings = merge_settings({"data": str(ROOT / "tests"), "micro_batch_size": given})
+        assert complete_settings(settings, 1).micro_batch_size == expected  # of 512 sequences
+
+
+@pytest.mark.parametrize(("given", "used"), [(3, 2), (100, 8)])
+def test_a_micro_batch_that_does_not_divide_the_step_is_lowered_and_the_step_is_the_same(train, tmp_path, given, used):
+    out = train(f"--micro_batch_size={given}", "--max_steps=1", f"--log_dir={tmp_path / 'given'}")
+    line = f"step: 128 tokens, B={used} ({given} does not divide the step), T=16, grad_accum_steps={8 // used},"
+    assert line in out
+    assert "does not divide" not in train(f"--micro_batch_size={used}", "--max_steps=1")
+    assert (tmp_path / "given" / "log.txt").read_bytes() == (tmp_path / "log" / "log.txt").read_bytes()
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 0.1), (["--min_lr=0.02"], 0.02)])
+def test_the_final_learning_rate_follows_a_new_peak_on_resume(train, tmp_path, flags, expected):
+    """Unless a flag set it, then or now."""
+    train("--max_steps=2", *flags)
+    checkpoint = train_gpt2.newest_checkpoint(tmp_path / "log")
+    assert complete_settings(merge_settings({"max_lr": 1.0}, checkpoint), 1).min_lr == expected
+    assert complete_settings(merge_settings({"max_lr": 1.0, "min_lr": 0.5}, checkpoint), 1).min_lr == 0.5
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--total_batch_size=1000"], "whole micro-batches: use --total_batch_size=992 --micro_batch_size=2"),
-        (["--total_batch_size=10"], "whole micro-batches: use --total_batch_size=16 --micro_batch_size=1"),
-        (["--micro_batch_size=3"], "whole micro-batches: use --total_batch_size=128 --micro_batch_size=2"),
-        (["--micro_batch_size=100"], "whole micro-batches: use --total_batch_size=128 --micro_batch_size=8"),
+        (["--total_batch_size=1000"], "whole sequences for each process: use --total_batch_size=992"),
+        (["--total_batch_size=10"], "whole sequences for each process: use --total_batch_size=16"),
         (["--micro_batch_size=0"], "--micro_batch_size=0"),
         (["--max_lr=nan"], "--max_lr=nan"),
         (["--vocab_size=50000"], "--vocab_size=50000"),
@@ -628,13 +672,11 @@ def test_micro_batch_fits_itself_to_the_processes_unless_it_is_given():
         (["--device=gpu"], "--device=gpu is not available"),
         (["--device=meta"], "--device=meta is not available"),
         (["--init_from=gpt5"], "gpt5 cannot be loaded; it must be one of gpt2, "),
+        (["--init_from=distilgpt2"], "hf download distilgpt2 --local-dir=FOLDER makes one"),
         (["--data=nowhere"], "--data=.*nowhere must be a text file, or a folder that has .*_train_NNNNNN.npy"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
         (["--n_embd=1000000000", "--n_head=1"], "out of (GPU )?memory|too large"),
-        (
-            ["--total_batch_size=4294967296", "--micro_batch_size=3"],
-            "--total_batch_size=4294967296 --micro_batch_size=2",
-        ),
+        (["--total_batch_size=4294967295"], "use --total_batch_size=4294967280"),
         (["--seed=18446744073709551616"], "--seed=18446744073709551616 is not allowed"),
     ],
 )
@@ -792,11 +834,35 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch,
     assert names_in(tmp_path / "log") == ["log.txt"]
 
 
+# The keys of a checkpoint of this script, with a valid config
+GOOD = {
+    "step": 0,
+    "config": {"block_size": 8, "vocab_size": 50257, "n_layer": 1, "n_head": 1, "n_embd": 4},
+    "settings": {},
+    "data": {},
+    "model": {},
+    "optimizer": {},
+    "scaler": {},
+    "rng": torch.zeros(1),
+}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        *[(content, r"model\.pt is damaged, or not a checkpoint") for content in ({}, [1], {"model": 1})],
-        ({"model": {}, "config": {"a": 1}, "step": 0, "settings": {}, "optimizer": {}}, "do not fit its config"),
+        ({}, r"model\.pt is not a checkpoint of this script: it has no step; it has the keys$"),
+        ([1], r"model\.pt is not a checkpoint, but a list"),
+        ({"model": 1, "epoch": 2}, r"model\.pt is not a checkpoint of this script: .* it has the keys model, epoch"),
+        ({**GOOD, "config": {"a": 1}}, r"model\.pt cannot be loaded: block_size is None"),
+        ({**GOOD, "model": {}}, r"the weights of .*model\.pt do not fit its config"),
+        ({**GOOD, "model": {"transformer.wte.weight": 1}}, r"model\.pt has something else than weights in it"),
+        ({**GOOD, "settings": {"steps": 3}}, "not a checkpoint of this script: it has the setting steps=3"),
+        ({**GOOD, "settings": {"max_steps": "3"}}, "it has the setting max_steps=3"),
+        ({**GOOD, "settings": {"max_steps": -3}}, "--max_steps=-3 is not allowed"),
+        # as the lecture's, and as nanoGPT's
+        ({"model": {}, "config": GPTConfig()}, "model.pt cannot be read as a checkpoint"),
+        ({"model": {}, "model_args": {"n_layer": 1}}, r"model\.pt cannot be loaded: block_size is None"),
+        ({"model": 5, "model_args": {"n_layer": 1}}, "it has the keys model, model_args"),
     ],
 )
 def test_foreign_checkpoint_is_refused(train, tmp_path, content, message):
@@ -901,15 +967,15 @@ def in_step(monkeypatch, number, action):
 
 def test_a_log_that_cannot_be_written_warns_once_and_training_continues(train, tmp_path, monkeypatch, capsys):
     train(f"--log_dir={tmp_path / 'whole'}")
-    open_log = train_gpt2.open_log
+    open_log = train_gpt2.Run.open_log
 
     def open_full_log(*args):
-        log, lock = open_log(*args)
+        log = open_log(*args)
         in_step(monkeypatch, 3, lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), log.fileno()))
-        return log, lock
+        return log
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="log line could not be written") as error:
-        patch.setattr(train_gpt2, "open_log", open_full_log)
+        patch.setattr(train_gpt2.Run, "open_log", open_full_log)
         train()
     assert error.value.status == 1
     out = capsys.readouterr().out
@@ -966,11 +1032,36 @@ def test_a_folder_that_another_run_writes_to_is_refused(train, tmp_path):
     before = [(path, path.read_bytes()) for path in files_in(tmp_path / "log")]
     with FileLock(tmp_path / "log" / ".lock"):
         for flags in ([], ["--resume"]):
-            with pytest.raises(UserError, match="another run writes to"):
+            with pytest.raises(UserError, match="another run is writing to"):
                 train(*flags)
         train(f"--init_from={tmp_path / 'log' / 'model_00002.pt'}", "--max_steps=0")  # writes nothing
     assert [(path, path.read_bytes()) for path in files_in(tmp_path / "log")] == before
     train("--resume")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_drive_without_locks_warns_and_trains(train, tmp_path, monkeypatch, number):
+    def acquire(lock, timeout):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    out = train("--max_steps=2")
+    assert f"warning: {tmp_path / 'log'} cannot be locked ({os.strerror(number)}): start no other run there" in out
+    assert names_in(tmp_path / "log") == ["log.txt", "model_00002.pt"]
+
+
+def test_a_prompt_from_a_closed_standard_input_is_refused(train, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="--prompt=- reads standard input, but that is closed"):
+        train("--max_steps=0", "--prompt=-")
+
+
+def test_a_tilde_after_the_equals_sign_is_the_home_folder(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    train("--max_steps=2", "--log_dir=~/runs")
+    assert names_in(tmp_path / "runs") == ["log.txt", "model_00002.pt"]
+    assert "sample 0: ~" in train("--init_from=~/runs/model_00002.pt", "--max_steps=0", "--prompt=~")  # no path
 
 
 @pytest.mark.parametrize(
@@ -1041,7 +1132,7 @@ def test_float16_does_not_skip_steps_forever(train, monkeypatch):
 
 def test_no_path_needs_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = train_gpt2.make_settings({})
+    settings = merge_settings({})
     assert settings.log_dir == str(ROOT / "log")
     assert settings.data in (str(ROOT / "input.txt"), str(ROOT / "edu_fineweb10B"))
 
@@ -1058,10 +1149,12 @@ def test_the_learning_rate_follows_the_model():
     """With --init_from, too. A flag, and the settings for a text file, override it."""
     for name, max_lr in {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}.items():
         data = {"data": str(ROOT / "tests")}
-        assert train_gpt2.make_settings({"model": name, **data}).max_lr == max_lr
-        assert train_gpt2.make_settings({"init_from": name, **data}).max_lr == max_lr
-        assert train_gpt2.make_settings({"model": name, "max_lr": 1e-5, **data}).max_lr == 1e-5
-        assert train_gpt2.make_settings({"model": name, "data": str(ROOT / "input.txt")}).max_lr == 3e-4
+        assert merge_settings({"model": name, **data}).max_lr == max_lr
+        shape = {key: value for key, value in train_gpt2.MODELS[name].items() if key != "max_lr"}
+        config = GPTConfig(**shape)  # of weights, whatever their name
+        assert merge_settings({"init_from": "my_weights", **data}, config=config).max_lr == max_lr
+        assert merge_settings({"model": name, "max_lr": 1e-5, **data}).max_lr == 1e-5
+        assert merge_settings({"model": name, "data": str(ROOT / "input.txt")}).max_lr == 3e-4
 
 
 def test_a_rank_without_a_world_is_ignored(train, tmp_path, monkeypatch):
