@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,14 @@ from train_gpt2 import (
     GPT,
     DataLoaderLite,
     GPTConfig,
-    Settings,
+    Run,
     evaluate,
     keep_freed_memory,
+    merge_settings,
     pick_device,
     pick_dtype,
     print_samples,
-    save_checkpoint,
+    save_pretrained,
 )
 
 
@@ -158,7 +160,8 @@ LADDERS = {
         "TF32": {"tf32": True},
         "bf16 autocast": {"dtype": "bfloat16"},
         "torch.compile": {"compile": True},
-        "flash attention": {"flash": True},
+        "FlashAttention": {"attention": SDPBackend.FLASH_ATTENTION},
+        "attention of PyTorch's choice": {"attention": None},  # on an H100, cuDNN's
         "vocabulary 50304": {"vocab_size": 50304},
         "fused AdamW": {"fused": True},
     },
@@ -175,7 +178,7 @@ def contenders(device_type):
     """{name: what it switches on}, the peers first."""
     cuda, cpu = device_type == "cuda", device_type == "cpu"
     plain = {"dtype": "float32", "compile": False, "fused": False, "keep": False, "whole_loss": cpu, "tf32": False}
-    plain |= {"vocab_size": 50257, "flash": False} if cuda else {"vocab_size": 50304, "flash": True}
+    plain |= {"vocab_size": 50257, "attention": SDPBackend.MATH} if cuda else {"vocab_size": 50304, "attention": None}
     found = {name: {"peer": True, **switches} for name, switches in PEERS.items()}
     for name, switches in LADDERS[device_type].items():
         plain = plain | switches
@@ -244,12 +247,12 @@ def run_contender(name, device, micro_batch_size, warmup, steps):
     trained = model
     if switches["compile"]:
         trained = torch.compile(model) if switches.get("peer") else torch.compile(model, dynamic=False, fullgraph=True)
-    attention = nullcontext() if switches.get("flash", True) else sdpa_kernel(SDPBackend.MATH)
+    backend = switches.get("attention")
     loader = DataLoaderLite(micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
     seconds = []
     for _ in range(warmup + steps):
         start = time.perf_counter()
-        with attention:
+        with sdpa_kernel(backend) if backend else nullcontext():
             train_step(trained, params, optimizer, loader, device, autocast)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
@@ -340,7 +343,7 @@ def benchmark_losses(options):
     torch.manual_seed(0)
     ours = GPT(GPTConfig(vocab_size=50257))
     with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
+        save_pretrained(ours, folder)
         no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         theirs = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa", **no_dropout)
     autocast, losses = make_autocast(device, torch.bfloat16), {}
@@ -403,18 +406,23 @@ def benchmark_loop(options):
     val_loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "val", ROOT / "input.txt")
     examples = hellaswag.load_examples(options.data)
     examples = examples[:: max(1, len(examples) // options.examples)]
-    tokenized = hellaswag.tokenize(examples, T)
-    settings = Settings(val_tokens=4 * options.micro_batch_size * T)
+    tokenized = hellaswag.tokenize_examples(examples, T)
+    recipe = merge_settings({"data": "edu_fineweb10B"})
+    tokens = options.micro_batch_size * T  # in a micro-batch, be it of training or of validation
+    val_tokens = min(4 * tokens, val_loader.num_tokens - 1)
 
     def checkpoint():
-        with tempfile.TemporaryDirectory() as settings.log_dir:
-            save_checkpoint(0, model, optimizer, scaler, settings, {})
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(replace(recipe, log_dir=folder))
+            run.save(0, model, optimizer, scaler)
+            if run.last_save_failed:
+                raise fineweb.UserError(f"no checkpoint could be written to {folder}: set TMPDIR to another folder")
 
     parts = {
         "steps": lambda: train_step(trained, params, optimizer, loader, device, autocast),
-        "validation": lambda: evaluate(trained, val_loader, settings.val_tokens, device, autocast),
+        "validation": lambda: evaluate(trained, val_loader, val_tokens, device, autocast),
         "hellaswag": lambda: hellaswag_in_training(model, tokenized, device, autocast),
-        "samples": lambda: samples_in_training(model, settings, autocast),
+        "samples": lambda: samples_in_training(model, recipe, autocast),
         "checkpoint": checkpoint,
     }
     for _ in range(options.warmup):
@@ -430,13 +438,15 @@ def benchmark_loop(options):
             if i > 0:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    tokens = options.micro_batch_size * T
-    cost = {  # for every 250 steps
-        "steps": medians["steps"] * 250 * 524288 / tokens,
-        "validation": medians["validation"] * 10485760 / min(settings.val_tokens, val_loader.num_tokens - 1),
+    interval = recipe.eval_interval
+    # A batch takes the same time if only some of its targets count: so batches are counted, not tokens.
+    val_batches = math.ceil(recipe.val_tokens / tokens) / math.ceil(val_tokens / tokens)
+    cost = {  # from one evaluation to the next
+        "steps": medians["steps"] * interval * recipe.total_batch_size / tokens,
+        "validation": medians["validation"] * val_batches,
         "hellaswag": medians["hellaswag"] * 10042 / len(examples),
         "samples": medians["samples"],
-        "checkpoint": medians["checkpoint"] * 250 / 5000,
+        "checkpoint": medians["checkpoint"] * interval / recipe.checkpoint_interval,
     }
     total = sum(cost.values())
     rows = [(f"{name}: {value:,.1f} s", 100 * value / total, "% of the run") for name, value in cost.items()]
@@ -472,7 +482,7 @@ def benchmark_sample(options):
     autocast = make_autocast(device, dtype)
 
     def generate():
-        with autocast:
+        with autocast, hellaswag.attention_for_varying_lengths():
             model.generate(idx, 32).tolist()
 
     generate()
@@ -648,7 +658,7 @@ def benchmark_hellaswag(options):
     examples = examples[
         :: max(1, len(examples) // options.examples)
     ]  # the first ones are short, so take some from everywhere
-    tokenized = hellaswag.tokenize(examples, T)
+    tokenized = hellaswag.tokenize_examples(examples, T)
     torch.manual_seed(0)
     shape = {"n_layer": options.n_layer, "n_head": options.n_embd // 64, "n_embd": options.n_embd}
     model = GPT(GPTConfig(vocab_size=50304, **shape)).to(device)

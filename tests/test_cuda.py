@@ -6,6 +6,7 @@ Times are medians of one process on one GPU, of steps after the first ones. Noth
 """
 
 import functools
+import gc
 import statistics
 import time
 
@@ -60,8 +61,8 @@ def test_speed_and_memory_beside_transformers():
     """124M parameters, 64 x 1024 tokens, both compiled, in one process: ours, theirs, ours again."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if torch.cuda.get_device_properties(0).total_memory < 70e9:
-        pytest.skip("a micro-batch of 64 needs 48 GB, and transformers' more")
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs a GPU with 60 GB")
     device = torch.device("cuda")
     torch.set_float32_matmul_precision("high")
     dtype = train_gpt2.pick_dtype("auto", device)
@@ -69,14 +70,15 @@ def test_speed_and_memory_beside_transformers():
     results = []
     for name in ("ours", "transformers", "ours"):
         torch._dynamo.reset()
+        gc.collect()  # the model before is part of cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(1337)
         if name == "ours":
             model = GPT(GPTConfig(vocab_size=50304)).to(device)
         else:
-            theirs = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa", **no_dropout))
-            model = WithTargets(theirs).to(device)
+            config = GPT2Config(attn_implementation="sdpa", **no_dropout)
+            model = WithTargets(GPT2LMHeadModel(config)).to(device)
         step = functools.partial(
             train_step,
             torch.compile(model, dynamic=False),
@@ -118,7 +120,7 @@ def test_hellaswag_and_samples():
         }
         for i in range(0, 2000, 2)
     ]
-    examples = hellaswag.tokenize(examples, 1024)
+    examples = hellaswag.tokenize_examples(examples, 1024)
     with torch.autocast("cuda", dtype=dtype):
         start = time.perf_counter()
         on_gpu = hellaswag.ending_losses(model, examples, device).cpu()
@@ -129,7 +131,7 @@ def test_hellaswag_and_samples():
     idx = torch.full((4, 8), 50256, device=device)
     generator = torch.Generator(device=device).manual_seed(1)
     start = time.perf_counter()
-    with torch.autocast("cuda", dtype=dtype):
+    with torch.autocast("cuda", dtype=dtype), hellaswag.attention_for_varying_lengths():
         idx = model.generate(idx, 100, generator=generator)
     assert idx.shape == (4, 108)
     assert idx.max() < 50257
