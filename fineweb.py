@@ -342,7 +342,7 @@ def find_shards(data_root, split):
     """The files that hold a split, "train" or "val": [Path]. A text file holds both and is its own answer; of a folder,
     the shards NAME_{split}_NNNNNN.npy or .bin, sorted. Raises UserError, with what to do, where there are none."""
     root = Path(data_root)
-    if root.is_file() and is_text_file(root):
+    if os.path.isfile(root) and is_text_file(root):  # False for a folder that one may not enter; Path's raises
         return [root]
     shards = shards_in(root, split)
     if not shards:
@@ -498,10 +498,16 @@ def read_text(path):
         raise ValueError(f"it is not UTF-8 ({error}): save it as UTF-8") from None
 
 
-@functools.cache
 def read_text_file(path):
     """The tokens of a text file: {"train": its first nine tenths, "val": the rest}, (n,) uint16 each.
     <|endoftext|> in it is the token that separates documents."""
+    status = os.stat(path)
+    return tokenize_text_file(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def tokenize_text_file(path, size, changed):
+    """read_text_file(), remembered as long as the file stays the same: size and changed (a time) tell."""
     text = read_text(path)
     if not text:
         raise ValueError("it is empty")
@@ -533,7 +539,8 @@ def downloads_reported_as(problem, *more_kinds):
         try:
             yield
         except OSError as error:
-            if not str(error.filename).startswith(HF_HOME):
+            place = str(error.filename or "elsewhere")
+            if not (place.startswith(HF_HOME) or HF_HOME.startswith(place)):
                 raise
             cause = f"{HF_HOME} cannot be written ({error.strerror})"
             advice = "set HF_HOME to a folder that can be written"
@@ -872,6 +879,8 @@ def open_index(options):
         index = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(index, dict) or not new_index({}).keys() <= index.keys():
             raise ValueError("it is not an index of this script")
+    if not options.verify and not index["complete"] and not index["shards"] and not has_shards:
+        return new_index(settings)  # it failed before its first shard: begin again
     if not options.verify:
         check_settings(index, settings, options.out)
     bad = []

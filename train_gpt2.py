@@ -868,6 +868,8 @@ def copy_weights(model, tensors, source):
     if None in shapes_in(tensors).values():
         raise fineweb.UserError(f"{source} has something else than weights in it: use another one")
     tied = [tensors[name] for name in TIED if name in tensors]
+    if not all(tensor.isfinite().all() for tensor in tied):
+        raise fineweb.UserError(f"{source} has weights that are not finite: use another one")
     if len(tied) == 2 and not torch.equal(*tied):
         raise fineweb.UserError(f"{source} cannot be loaded: GPT-2 has wte and lm_head in common")
     if tied:  # a file may have only one of the two
@@ -892,13 +894,15 @@ def read_pretrained(name_or_folder):
         files = ["config.json", "model.safetensors"]
         with fineweb.downloads_reported_as(f"{name} cannot be loaded from the Hugging Face hub"):
             folder = Path(snapshot_download(OPENAI + name, allow_patterns=files))
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):
         kinds = f"one of {', '.join(MODELS)}, a checkpoint, or a folder of weights"
         remedy = f"hf download {name} --local-dir=FOLDER makes one, if the hub has it"
         raise fineweb.UserError(f"{name} cannot be loaded; it must be {kinds} ({remedy})")
-    elif (folder / "adapter_config.json").exists():
+    elif os.path.exists(folder / "adapter_config.json"):
         remedy = "merge it (merge_and_unload) and save the whole model"
         raise fineweb.UserError(f"{folder} cannot be loaded, it is a LoRA adapter: {remedy}")
+    elif list_checkpoints(folder):
+        raise fineweb.UserError(f"{folder} cannot be loaded: name a checkpoint in it, {list_checkpoints(folder)[-1]}")
 
     with fineweb.reported_as(f"{folder} cannot be loaded", SafetensorError):
         config = read_json(folder / "config.json")
@@ -1019,7 +1023,7 @@ def load_checkpoint(path):
         if not isinstance(checkpoint.get(key), kind):
             keys = ", ".join(map(str, checkpoint))
             raise fineweb.UserError(f"{problem}: it has no {key}; it has the keys {keys}")
-    types = {f.name: (f.type, bool, type(None)) for f in fields(Settings)}  # bool: --compile=True
+    types = {f.name: (f.type, bool, type(f.default)) for f in fields(Settings)}  # bool: --compile=True
     for name, value in checkpoint["settings"].items():
         if not isinstance(value, types.get(name, ())):
             raise fineweb.UserError(f"{problem}: it has the setting {name}={value}")
@@ -1073,7 +1077,8 @@ def restore(checkpoint, optimizer, scaler, settings, fingerprint):
             optimizer.state[p][name] = torch.empty_like(p).copy_(states[i][name])
     if checkpoint["scaler"].keys() == scaler.state_dict().keys():  # it is empty for other dtypes than float16
         scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(rng)
+    with fineweb.reported_as(problem, RuntimeError, TypeError):
+        torch.set_rng_state(rng)
     checkpoint.clear()
     return step
 
@@ -1412,7 +1417,9 @@ def main(argv=None):
     checkpoint = newest_checkpoint(log_dir) if flags.get("resume") else None
     source = checkpoint or flags.get("init_from", "scratch")
     exports = "export" in flags
-    if exports and (source == "scratch" or flags["export"] == "" or Path(flags["export"]).exists()):
+    if exports and rank != 0:
+        return  # one process is enough
+    if exports and (source == "scratch" or flags["export"] == "" or os.path.exists(flags["export"])):
         problem = "--export needs weights, from --init_from or --resume, and a new folder's name"
         raise fineweb.UserError(problem, status=2)
     model = None if source == "scratch" else load_model(source)
@@ -1431,8 +1438,9 @@ def main(argv=None):
         torch.manual_seed(settings.seed)  # all ranks start from the same weights
         if model is None:
             model = GPT(make_config(asdict(settings), "the model"))
-        if only_samples:
+        if only_samples and rank == 0:
             print_samples(model.to(pick_device(settings.device)), settings)
+        if only_samples:
             return
         is_default = "data" not in flags and not checkpoint
         if is_default and settings.data == str(fineweb.HERE / "input.txt"):

@@ -116,6 +116,19 @@ def test_text_file_is_split_nine_to_one(tmp_path):
     assert val.read(0, val.num_tokens).tolist() == tokens[split:]
 
 
+def test_a_text_that_has_changed_is_read_again(tmp_path):
+    """In one process, too, as in Jupyter."""
+    path = tmp_path / "play.txt"
+    for text in ("To be, or not to be. " * 30, "What's in a name? " * 50):
+        path.write_text(text, encoding="utf-8")
+        tokens = gpt2_encoding().encode_ordinary(text)
+        loader = DataLoaderLite(1, 4, 0, 1, "train", path)
+        assert loader.read(0, loader.num_tokens).tolist() == tokens[: len(tokens) * 9 // 10]
+    path.write_text("Too short.", encoding="utf-8")
+    with pytest.raises(UserError, match=r"play\.txt cannot be used: it has changed since the start"):
+        loader.read(0, 10)
+
+
 def test_one_shard_is_not_both_splits(tmp_path):
     """As a text file is: it would validate on what it trains on."""
     good_folder(tmp_path)

@@ -1072,3 +1072,16 @@ def test_without_assertions_it_refuses_the_same(tmp_path):
             [sys.executable, "-O", "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert f"UserError: {path} cannot be used as train data: " in run.stderr
+
+
+def test_a_first_try_that_failed_does_not_stand_in_the_way(tmp_path):
+    path, out = tmp_path / "texts.jsonl", tmp_path / "out"
+    flags = [f"--dataset={path}", f"--out={out}", "--num_proc=1"]
+    path.write_text('{"text": "one"}\n{"text": two\n', encoding="utf-8")
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        fineweb.main(flags)
+    path.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="no --text_column 'txt'"):
+        fineweb.main([*flags, "--text_column=txt"])
+    fineweb.main(flags)
+    assert np.load(out / "edufineweb_val_000000.npy").tolist() == plain_tokens(["one", "two"]).tolist()

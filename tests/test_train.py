@@ -300,6 +300,17 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
         train("--resume", f"--export={tmp_path / 'file' / 'folder'}")
 
 
+def test_of_two_processes_one_exports_and_samples(train, tmp_path):
+    train("--max_steps=2")
+    weights = f"--init_from={tmp_path / 'log' / 'model_00002.pt'}"
+    run = run_script(weights, f"--export={tmp_path / 'folder'}", nproc=2)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("exported: ") == 1
+    run = run_script(weights, "--max_steps=0", "--prompt=Hi", "--num_samples=1", "--device=cpu", nproc=2)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("sample 0: Hi") == 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Interruption
 

@@ -332,6 +332,19 @@ def test_an_index_with_wrong_content_ends_in_one_line(folder, content):
     assert f"{folder} cannot be loaded: model.safetensors.index.json" in refused(load_model, folder)
 
 
+def test_a_log_folder_names_its_checkpoint(tmp_path):
+    (tmp_path / "model_00005.pt").touch()
+    (tmp_path / "model_00010.pt").touch()
+    assert f"name a checkpoint in it, {tmp_path / 'model_00010.pt'}" in refused(load_model, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_called_untied(tmp_path):
+    weights = make_model().state_dict()
+    weights["lm_head.weight"][0, 0] = float("nan")
+    torch.save(nanogpt_checkpoint(weights, True), tmp_path / "ckpt.pt")
+    assert "has weights that are not finite" in refused(load_model, str(tmp_path / "ckpt.pt"))
+
+
 def test_a_lora_adapter_must_be_merged_first(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
     save_file({"base_model.lora_A.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
