@@ -528,7 +528,7 @@ def setting(default, help, choices=(), minimum=0):  # a field, and what --help a
 @dataclass(frozen=True)
 class Settings:
     # Data
-    data: str = setting("edu_fineweb10B", "folder of shards, or a text file; without shards, input.txt")
+    data: str = setting("edu_fineweb10B", "shards, or a text (<|endoftext|> in it separates documents)")
     log_dir: str = setting("log", "folder for log.txt and checkpoints; the default is beside this file")
     init_from: str = setting("scratch", "scratch, gpt2 to gpt2-xl, a folder or a checkpoint")
     export: str = setting("", "write the weights to this folder, for transformers")
