@@ -598,7 +598,7 @@ def train(raw_model, settings, run, checkpoint=None):
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr)
     # model is raw_model wrapped by compiler and DDP: the weights are the same. raw_model makes samples, and is saved.
     # torch.compile joins operations into one kernel, so that numbers move to memory and back once, not for each one
-    # (lecture: 300 to 130 ms). fullgraph: all in one piece, or an error. dynamic=False: a new shape is compiled anew.
+    # (lecture: 300 to 130 ms). fullgraph: all in one piece, or an error. dynamic=False: new shapes are compiled again.
     compiled = can_compile(settings.compile, device)
     model = torch.compile(raw_model, dynamic=False, fullgraph=True) if compiled else raw_model
     if ddp:
