@@ -74,7 +74,7 @@ def is_example(example):
 
 
 def tokenize_examples(examples, block_size):
-    """[(label, rows)]. Each of the four rows is (tokens of context and ending, mask), the mask being 1 for the ending.
+    """[(label, rows)]. Each of the four rows is (tokens of context and ending, how many of them are the ending's).
 
     Of a row longer than block_size + 1 tokens, only the end is kept."""
     encoding = fineweb.gpt2_encoding()
@@ -84,9 +84,8 @@ def tokenize_examples(examples, block_size):
         rows = []
         for text in example["endings"]:
             ending = encoding.encode_ordinary(" " + text)  # in GPT-2's vocabulary, words start with their space
-            tokens = context + ending
-            mask = [0] * len(context) + [1] * len(ending)
-            rows.append((torch.tensor(tokens[-block_size - 1 :]), torch.tensor(mask[-block_size - 1 :])))
+            tokens = torch.tensor(context + ending)[-block_size - 1 :]
+            rows.append((tokens, min(len(ending), block_size)))
         tokenized.append((int(example["label"]), rows))
     return tokenized
 
@@ -111,7 +110,7 @@ def attention_for_varying_lengths():
 
 
 @torch.no_grad()
-def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=32, progress=False):
+def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=128, progress=False):
     """The loss of each ending, summed over its tokens, in nats: (len(examples), 4).
 
     Each rank computes every world_size-th batch, then they exchange their losses."""
@@ -123,14 +122,18 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=32, 
     starts = range(rank * batch_size, len(rows), world_size * batch_size)
     with attention_for_varying_lengths():
         for start in tqdm(starts, disable=not progress):
-            batch = order[start : start + batch_size]
+            indices = order[start : start + batch_size]
+            batch = [rows[i] for i in indices]
             # Padding is at the end of a row, where no token of the ending sees it. R rows, the longest has L tokens.
-            idx = pad_sequence([rows[i][0] for i in batch], batch_first=True).to(device)  # (R, L)
-            mask = pad_sequence([rows[i][1] for i in batch], batch_first=True).to(device)  # (R, L)
-            logits, _ = model(idx[:, :-1])  # (R, L - 1, vocab_size)
-            logits, targets = logits.float().flatten(0, 1), idx[:, 1:].flatten()
-            token_losses = F.cross_entropy(logits, targets, reduction="none").view(len(batch), -1)  # (R, L - 1)
-            losses[batch] = (token_losses * mask[:, 1:]).sum(dim=1)
+            idx = pad_sequence([tokens for tokens, _ in batch], batch_first=True).to(device)  # (R, L)
+            masks = [torch.arange(len(tokens)) >= len(tokens) - n for tokens, n in batch]  # True for the ending
+            mask = pad_sequence(masks, batch_first=True).to(device)  # (R, L): False for padding
+            x = model.hidden(idx[:, :-1])  # (R, L - 1, C)
+            targets, mask = idx[:, 1:], mask[:, 1:]  # (R, L - 1)
+            logits = model.lm_head(x[mask]).float()  # (N, vocab_size): only for the N tokens of the endings
+            token_losses = torch.zeros(targets.shape, device=device)
+            token_losses[mask] = F.cross_entropy(logits, targets[mask], reduction="none")
+            losses[indices] = token_losses.sum(dim=1)
     if dist.is_initialized():
         dist.all_reduce(losses, op=dist.ReduceOp.SUM)
     return losses.view(-1, 4)
@@ -140,7 +143,7 @@ def count_correct(losses, examples):
     """(how many right endings have the lowest mean loss, how many the lowest sum). losses: (len(examples), 4)."""
     device = losses.device
     labels = torch.tensor([label for label, _ in examples], device=device)
-    lengths = torch.tensor([[mask[1:].sum() for _, mask in rows] for _, rows in examples], device=device)
+    lengths = torch.tensor([[n for _, n in rows] for _, rows in examples], device=device)
     by_mean = (losses / lengths).argmin(dim=1) == labels
     by_sum = losses.argmin(dim=1) == labels
     return by_mean.sum().item(), by_sum.sum().item()
@@ -149,9 +152,9 @@ def count_correct(losses, examples):
 def print_example(example, rows, sums):
     """rows: as from tokenize_examples. sums: the four losses."""
     print(f"\nContext: {example['ctx']}")
-    for i, (text, (_, mask), loss) in enumerate(zip(example["endings"], rows, sums, strict=True)):
+    for i, (text, (_, n), loss) in enumerate(zip(example["endings"], rows, sums, strict=True)):
         mark = "*" if i == int(example["label"]) else " "
-        print(f"{mark} {i} (loss {loss / mask[1:].sum():.4f}) {text}")
+        print(f"{mark} {i} (loss {loss / n:.4f}) {text}")
 
 
 def main(argv=None):

@@ -1,7 +1,8 @@
 """
-Measure the speed, and compare it with the usual alternatives. Rounds are interleaved, figures are medians.
+Measure speed and memory, and compare them with the usual alternatives. Rounds are interleaved, times are medians.
 
-    python tests/benchmark.py train                # a training step, from plain to fast, and with transformers' model
+    python tests/benchmark.py train                # a training step, from plain to fast, beside other implementations
+    python tests/benchmark.py memory               # how much memory a GPU needs for each micro-batch size
     python tests/benchmark.py losses               # are the losses of 20 steps those of transformers' model?
     python tests/benchmark.py loop                 # the share of a run that evaluation, samples and checkpoints take
     python tests/benchmark.py loader               # the share of a step that loading the data takes
@@ -9,10 +10,12 @@ Measure the speed, and compare it with the usual alternatives. Rounds are interl
     python tests/benchmark.py tokenize             # fineweb.py and a plain loop
     python tests/benchmark.py hellaswag            # hellaswag.py and one example at a time
 
---json FILE saves the figures, `train --plot FILE` draws them. Quote ratios: they vary less than times do.
+--json FILE saves the figures, `train --plot FILE` draws them. `train --help` lists the options of train. Quote ratios:
+they vary less than times do.
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import io
@@ -28,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,11 +49,13 @@ import fineweb
 import hellaswag
 from train_gpt2 import (
     GPT,
+    MODELS,
     DataLoaderLite,
     GPTConfig,
     Run,
     evaluate,
     keep_freed_memory,
+    memory_errors_explained,
     merge_settings,
     pick_device,
     pick_dtype,
@@ -60,11 +65,12 @@ from train_gpt2 import (
 
 
 def machine():
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux only
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-        name = name if torch.cuda.is_available() else cpu
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
@@ -74,6 +80,18 @@ def print_table(title, rows):
     print(machine())
     for label, number, unit in rows:
         print(f"  {label:52s} {number:14,.2f} {unit}")
+
+
+def run_in_process(function, **options):
+    """Call a function of IN_PROCESS in a process of its own, and return what it returns. If it fails, print the last
+    line of its error, and return None."""
+    command = [sys.executable, __file__, function.__name__, json.dumps(options)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        print(lines[-1], file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,17 +144,21 @@ def make_autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def train_step(model, params, optimizer, loader, device, autocast):
-    """A step of train() with one micro-step. Returns its loss. params: a list of the parameters of model."""
+def train_step(model, params, optimizer, loader, device, autocast, grad_accum_steps=1):
+    """A step of train(). Returns its loss. params: a list of the parameters of model."""
     optimizer.zero_grad(set_to_none=True)
-    x, y = loader.next_batch(device)
-    with autocast:
-        _, loss = model(x, y)
-    loss.backward()
+    loss_accum = torch.zeros((), device=device)
+    for _ in range(grad_accum_steps):
+        x, y = loader.next_batch(device)
+        with autocast:
+            _, loss = model(x, y)
+        loss = loss / grad_accum_steps
+        loss_accum += loss.detach()
+        loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-    loss, _ = loss.item(), norm.item()
+    train_loss, _ = loss_accum.item(), norm.item()
     optimizer.step()
-    return loss
+    return train_loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,20 +167,21 @@ def train_step(model, params, optimizer, loader, device, autocast):
 # Every contender runs in a process of its own, so that its peak memory is its own. All take turns in each round, so that
 # a slow minute of the machine affects them alike.
 
-# What each rung of a ladder adds to the one above it. The last one is the step of train_gpt2.py.
+# What each rung of a ladder adds to the one above it. The last one is the step of train_gpt2.py (on the CPU, that of
+# --compile, and the one above it that of the default).
 LADDERS = {
     "cpu": {
         "float32": {},
-        "bf16 autocast": {"dtype": "bfloat16"},
+        "bf16": {"dtype": "bfloat16"},
         "freed memory kept": {"keep": True},
         "fused AdamW": {"fused": True},
-        "loss by 512 tokens": {"whole_loss": False},
+        "loss for 512 tokens at a time": {"whole_loss": False},
         "torch.compile": {"compile": True},
     },
     "cuda": {
         "float32": {},
         "TF32": {"tf32": True},
-        "bf16 autocast": {"dtype": "bfloat16"},
+        "bf16": {"dtype": "bfloat16"},
         "torch.compile": {"compile": True},
         "FlashAttention": {"attention": SDPBackend.FLASH_ATTENTION},
         "attention of PyTorch's choice": {"attention": None},  # on an H100, cuDNN's
@@ -170,20 +193,46 @@ LADDERS = {
         "fused AdamW": {"fused": True},
     },
 }
-PEERS = {"transformers eager": {"compile": False}, "transformers compiled": {"compile": True}}
+TRANSFORMERS = {
+    "transformers eager": {"build": "transformers", "compile": False},
+    "transformers compiled": {"build": "transformers", "compile": True},
+}
+LECTURE = {"lecture eager": {"build": "lecture", "compile": False}}
 T = 1024
 
 
-def contenders(device_type):
-    """{name: what it switches on}, the peers first."""
+def contenders(device_type, lecture):
+    """{name: what it switches on}, from the top of the picture to its bottom. lecture: whether it takes part."""
     cuda, cpu = device_type == "cuda", device_type == "cpu"
-    plain = {"dtype": "float32", "compile": False, "fused": False, "keep": False, "whole_loss": cpu, "tf32": False}
-    plain |= {"vocab_size": 50257, "attention": SDPBackend.MATH} if cuda else {"vocab_size": 50304, "attention": None}
-    found = {name: {"peer": True, **switches} for name, switches in PEERS.items()}
-    for name, switches in LADDERS[device_type].items():
-        plain = plain | switches
-        found[name] = plain
+    switches = {
+        "build": "ours",
+        "dtype": "float32",
+        "compile": False,
+        "fused": False,
+        "keep": False,
+        "whole_loss": cpu,
+        "tf32": False,
+        "vocab_size": 50257 if cuda else 50304,
+        "attention": SDPBackend.MATH if cuda else None,
+    }
+    found = {**TRANSFORMERS}
+    if lecture:
+        found |= LECTURE
+    for name, measure in LADDERS[device_type].items():
+        switches = switches | measure
+        found[name] = switches
     return found
+
+
+def pick_contenders(device_type, lecture, only):
+    """The names of contenders. only: those that were asked for, with commas between; None for all. Raises UserError."""
+    names = list(contenders(device_type, lecture))
+    asked = only.split(",") if only else names
+    for name in asked:
+        if name not in names:
+            problem = f"--only has {name!r}, which is no contender"
+            raise fineweb.UserError(f"{problem}: use some of {', '.join(names)}", status=2)
+    return [name for name in names if name in asked]
 
 
 class Peer(torch.nn.Module):
@@ -198,6 +247,34 @@ class Peer(torch.nn.Module):
 
     def forward(self, idx, targets):
         return None, self.model(input_ids=idx, labels=idx, use_cache=False).loss
+
+
+LECTURE_CLASSES = ("CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT")
+
+
+def load_lecture(path):
+    """A module with the classes of the lecture's script. The script trains as soon as it is imported: so nothing of it
+    runs but its imports and the classes of its model. Raises UserError."""
+    with fineweb.reported_as(f"--lecture={path} cannot be used", SyntaxError, ImportError):
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), str(path))
+        kept = [node for node in tree.body if is_needed(node)]
+        missing = set(LECTURE_CLASSES) - {getattr(node, "name", "") for node in kept}
+        if missing:
+            raise ValueError(f"it has no class {', '.join(sorted(missing))}, so it is another script")
+        module = types.ModuleType("lecture")
+        module.master_process = False  # a global of the script: its configure_optimizers prints if it is true
+        code = compile(ast.Module(kept, type_ignores=[]), str(path), "exec")
+        exec(code, vars(module))  # noqa: S102
+    return module
+
+
+def is_needed(node):
+    """Whether a statement of the lecture's script is one of those that load_lecture executes."""
+    if isinstance(node, ast.ClassDef):
+        return node.name in LECTURE_CLASSES
+    if isinstance(node, ast.ImportFrom):
+        return node.module != "hellaswag"  # it would be the one of this project
+    return isinstance(node, ast.Import)
 
 
 gpt_forward = GPT.forward
@@ -215,14 +292,25 @@ def peer_config():
     return GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
-def build_contender(switches, device):
-    """(model, optimizer, autocast), ready to train."""
-    torch.manual_seed(0)
-    if switches.get("peer"):
-        torch.set_float32_matmul_precision("high")
-        model = Peer(peer_config()).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-        return model, optimizer, make_autocast(device, torch.bfloat16)
+def build_transformers(device):
+    """(model, optimizer, autocast), ready to train, as the other build_... return them."""
+    torch.set_float32_matmul_precision("high")
+    model = Peer(peer_config()).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    return model, optimizer, make_autocast(device, torch.bfloat16)
+
+
+def build_lecture(device, path):
+    """With the values that the lecture's script uses."""
+    torch.set_float32_matmul_precision("high")
+    lecture = load_lecture(path)
+    model = lecture.GPT(lecture.GPTConfig(vocab_size=50304)).to(device)
+    device_type = "cuda" if device.type == "cuda" else "cpu"  # the script knows no other
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4, device_type=device_type)
+    return model, optimizer, make_autocast(device, torch.bfloat16)
+
+
+def build_ours(device, switches):
     if switches["tf32"]:
         torch.set_float32_matmul_precision("high")
     if switches["keep"]:
@@ -232,63 +320,87 @@ def build_contender(switches, device):
     model = GPT(GPTConfig(vocab_size=switches["vocab_size"])).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4)
     for group in optimizer.param_groups:
-        group["fused"] = switches["fused"]
+        # None is PyTorch's default: on a GPU, one operation for many tensors. False would take them one by one.
+        group["fused"] = True if switches["fused"] else None
     return model, optimizer, make_autocast(device, getattr(torch, switches["dtype"]))
 
 
-def run_contender(name, device, micro_batch_size, warmup, steps):
-    """Print the seconds of each step of this contender, its peak memory and its number of parameters, as JSON."""
+def run_contender(name, device, lecture, micro_batch_size, warmup, steps):
+    """The seconds of each step of this contender, its peak memory and its number of parameters."""
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    switches = contenders(device.type)[name]
-    model, optimizer, autocast = build_contender(switches, device)
+    switches = contenders(device.type, lecture)[name]
+    torch.manual_seed(0)
+    if switches["build"] == "transformers":
+        model, optimizer, autocast = build_transformers(device)
+    elif switches["build"] == "lecture":
+        model, optimizer, autocast = build_lecture(device, lecture)
+    else:
+        model, optimizer, autocast = build_ours(device, switches)
     params = list(model.parameters())
     trained = model
-    if switches["compile"]:
-        trained = torch.compile(model) if switches.get("peer") else torch.compile(model, dynamic=False, fullgraph=True)
+    if switches["compile"] and switches["build"] == "ours":
+        trained = torch.compile(model, dynamic=False, fullgraph=True)
+    elif switches["compile"]:
+        trained = torch.compile(model)
     backend = switches.get("attention")
     loader = DataLoaderLite(micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
     seconds = []
     for _ in range(warmup + steps):
         start = time.perf_counter()
-        with sdpa_kernel(backend) if backend else nullcontext():
+        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
             train_step(trained, params, optimizer, loader, device, autocast)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    result = {"seconds": seconds[warmup:], "memory": peak_memory(device), "params": sum(p.numel() for p in params)}
-    print(json.dumps(result))
+    num_params = sum(p.numel() for p in params)
+    return {"seconds": seconds[warmup:], "memory": peak_memory(device), "params": num_params}
 
 
 def benchmark_train(options):
     device = pick_device(options.device)
-    names = [name for name in contenders(device.type) if not options.only or name in options.only.split(",")]
-    seconds, memory, params = {name: [] for name in names}, {}, {}
+    names = pick_contenders(device.type, options.lecture, options.only)
+    if options.lecture:
+        load_lecture(options.lecture)  # a wrong file shows before the first measurement, not after it
+    settings = {
+        "device": options.device,
+        "lecture": options.lecture,
+        "micro_batch_size": options.micro_batch_size,
+        "warmup": options.warmup,
+        "steps": options.steps,
+    }
+    seconds = {name: [] for name in names}
+    memory, params = {}, {}
     for _ in range(options.rounds):
         for name in names:
-            command = [sys.executable, __file__, "contender", name, options.device]
-            command += [str(options.micro_batch_size), str(options.warmup), str(options.steps)]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode != 0:
-                print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            result = run_in_process(run_contender, name=name, **settings)
+            if result is None:
+                print(f"{name}: did not run", file=sys.stderr)
                 continue
-            result = json.loads(done.stdout.splitlines()[-1])
             seconds[name] += result["seconds"]
-            memory[name], params[name] = max(result["memory"] or 0, memory.get(name, 0)), result["params"]
+            memory[name] = max(result["memory"] or 0, memory.get(name, 0))
+            params[name] = result["params"]
             print(f"{name}: {statistics.median(result['seconds']):.3f} s", file=sys.stderr)
+
     peak = peak_flops(device)
-    figures, rows = {"micro_batch_size": options.micro_batch_size, "contenders": {}}, []
-    fastest_peer = max((1 / statistics.median(seconds[name]) for name in PEERS if seconds.get(name)), default=None)
+    tokens = options.micro_batch_size * T
+    labels = label_contenders(names, device.type)
+    figures = {"micro_batch_size": options.micro_batch_size, "contenders": {}}
+    rows = []
+    peer_medians = [statistics.median(seconds[name]) for name in TRANSFORMERS if seconds.get(name)]
+    fastest_peer = min(peer_medians, default=None)
     for name in names:
         if not seconds[name]:
-            rows.append((name, math.nan, "tokens/s  did not run"))
+            rows.append((labels[name], math.nan, "tokens/s  did not run"))
             continue
         median = statistics.median(seconds[name])
-        rate = options.micro_batch_size * T / median
+        rate = tokens / median
         mfu = (6 * (params[name] - T * 768) + 12 * 12 * 768 * T) * rate / peak if peak else None
-        ratio = 1 / median / fastest_peer if fastest_peer else None
+        ratio = fastest_peer / median if fastest_peer else None
         figures["contenders"][name] = {
             "tokens_per_second": rate,
+            "lowest_tokens_per_second": tokens / max(seconds[name]),
+            "highest_tokens_per_second": tokens / min(seconds[name]),
             "ms_per_step": 1000 * median,
             "mfu": mfu,
             "memory_gb": memory[name] / 1e9,
@@ -298,29 +410,59 @@ def benchmark_train(options):
         note = f"tokens/s {1000 * median:9.1f} ms {memory[name] / 1e9:6.2f} GB"
         note += f" {100 * mfu:5.1f} % MFU" if mfu else ""
         note += f" {ratio:5.2f} x" if ratio else ""
-        rows.append((name, rate, note))
+        rows.append((labels[name], rate, note))
     print_table(f"train: 124M, {options.micro_batch_size} x {T} tokens per step, {device.type}", rows)
-    if options.plot:
-        plot_ladder(figures, Path(options.plot), device.type)
+    if options.plot and figures["contenders"]:
+        figure = draw_ladder(figures, device.type)
+        with fineweb.reported_as(f"--plot={options.plot} cannot be written"):
+            fineweb.replace_file(Path(options.plot), lambda path: figure.savefig(path, format="png"))
     return figures
 
 
-def plot_ladder(figures, path, device_type):
+def label_contenders(names, device_type):
+    """{name: label}, the rungs of the ladder as measures that are added one after another. A label names all that a
+    contender has and the one above it has not, so it is right if --only leaves some out."""
+    ladder = list(LADDERS[device_type])
+    labels = {}
+    named = 0  # how many rungs the labels so far have named
+    for name in names:
+        if name not in ladder:
+            labels[name] = name
+            continue
+        end = ladder.index(name) + 1
+        if named > 0:
+            labels[name] = f"+ {', '.join(ladder[named:end])}"
+        else:
+            start = 1 if end > 1 else 0  # float32 is what the others start from
+            labels[name] = f"this script: {', '.join(ladder[start:end])}"
+        named = end
+    return labels
+
+
+def draw_ladder(figures, device_type):
+    """A matplotlib Figure: a bar for the median of each contender, and a thin line from its slowest to its fastest
+    step."""
     from matplotlib.figure import Figure
 
-    names = list(figures["contenders"])[::-1]  # the first one on top
-    rates = [figures["contenders"][name]["tokens_per_second"] for name in names]
-    figure = Figure(figsize=(9, 0.42 * len(names) + 0.8), dpi=200, layout="constrained")
+    results = figures["contenders"]
+    labels = label_contenders(list(results), device_type)
+    rates = [result["tokens_per_second"] for result in results.values()]
+    lowest = [result["lowest_tokens_per_second"] for result in results.values()]
+    highest = [result["highest_tokens_per_second"] for result in results.values()]
+    colors = ["C0" if name in LADDERS[device_type] else "0.7" for name in results]
+
+    figure = Figure(figsize=(9, 0.42 * len(results) + 1.0), dpi=200, layout="constrained")
     ax = figure.subplots()
-    ax.barh(names, rates, color=["0.7" if name in PEERS else "C0" for name in names])
+    ax.barh(list(labels.values()), rates, color=colors)
+    ax.hlines(range(len(rates)), lowest, highest, color="black", linewidth=0.8)
     for i, rate in enumerate(rates):
-        ax.annotate(f"{rate:,.0f}", (rate, i), (4, 0), textcoords="offset points", va="center")
-    ax.set_xlabel(
-        f"tokens per second, 124M parameters, {figures['micro_batch_size']} x {T} tokens per step, {device_type}"
-    )
+        ax.annotate(f"{rate:,.0f}", (highest[i], i), (4, 0), textcoords="offset points", va="center")
+    ax.invert_yaxis()  # the first one on top
+    size = f"124M parameters, {figures['micro_batch_size']} x {T} tokens per step, {device_type}"
+    ax.set_xlabel(f"tokens per second (thin line: slowest to fastest step)\n{size}")
     ax.margins(x=0.1)
     ax.spines[["top", "right"]].set_visible(False)
-    fineweb.replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
 
 
 class WithTargets(torch.nn.Module):
@@ -336,7 +478,7 @@ class WithTargets(torch.nn.Module):
 
 
 def benchmark_losses(options):
-    """The same weights, batches and settings: 20 steps of both, in bfloat16."""
+    """The same weights, batches and settings: some steps of both, in bfloat16."""
     from transformers import GPT2LMHeadModel
 
     device = open_device(options.device)
@@ -350,11 +492,14 @@ def benchmark_losses(options):
     for name, model in (("ours", ours), ("peer", WithTargets(theirs))):
         model = model.to(device).train()
         params = list(model.parameters())
-        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1}]
-        groups += [{"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
         if name == "ours":
             optimizer = model.configure_optimizers(0.1, 3e-4)
+        else:
+            groups = [
+                {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
+                {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
         loader = DataLoaderLite(options.micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
         losses[name] = []
         for _ in range(options.steps):
@@ -365,6 +510,100 @@ def benchmark_losses(options):
     rows.append(("last loss, transformers", losses["peer"][-1], ""))
     print_table(f"losses: {options.steps} steps from the same weights", rows)
     return {**losses, "largest_difference": difference}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory
+#
+# The peaks of PyTorch's own allocator: allocated is what tensors take at once, reserved is what the allocator has asked
+# the GPU for, which includes gaps between tensors. Each measurement is a process of its own, because the allocator keeps
+# what it once had.
+
+MICRO_BATCH_SIZES = (4, 8, 16, 32, 64, 96, 128)
+CARDS = (8, 12, 16, 24, 40, 48, 80)  # sizes of GPU memory, in GB
+CONTEXT_GB = 1.0  # about what CUDA and its libraries take beside the allocator's memory
+
+
+def measure_memory(size, micro_batch_size, compile, device):
+    """The peak memory of steps as train() takes them, in GB (1e9 bytes). size: a key of MODELS."""
+    device = open_device(device)
+    torch.set_float32_matmul_precision("high")
+    shape = {name: MODELS[size][name] for name in ("n_layer", "n_head", "n_embd")}
+    model = GPT(GPTConfig(vocab_size=50304, **shape))
+    params = list(model.parameters())
+    loader = DataLoaderLite(micro_batch_size, T, 0, 1, "train", ROOT / "input.txt")
+    autocast = make_autocast(device, pick_dtype("auto", device))
+    with memory_errors_explained("a larger GPU"):
+        model.to(device)
+        optimizer = model.configure_optimizers(0.1, 6e-4)
+        trained = torch.compile(model, dynamic=False, fullgraph=True) if compile else model
+        for _ in range(2):
+            # AdamW's averages exist from the end of the first step on, and gradients from the end of a step's first
+            # micro-step on: so the second micro-step of the second step is the first one that has them all.
+            train_step(trained, params, optimizer, loader, device, autocast, grad_accum_steps=2)
+    return {
+        "allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
+    }
+
+
+def largest_that_fits(peaks, card_gb):
+    """The largest micro-batch size for a card, or None. peaks: {micro-batch size: what measure_memory returns}.
+
+    It is a power of two, as others do not divide the recipe's step. It fits if the reserved memory and CONTEXT_GB are
+    no more than the card's size."""
+    fitting = []
+    for micro_batch_size, peak in peaks.items():
+        is_power_of_two = micro_batch_size & (micro_batch_size - 1) == 0
+        if is_power_of_two and peak["reserved_gb"] + CONTEXT_GB <= card_gb:
+            fitting.append(micro_batch_size)
+    return max(fitting, default=None)
+
+
+def benchmark_memory(options):
+    device = pick_device(options.device)
+    if device.type != "cuda":
+        problem = f"memory measures GPUs with CUDA, not {device.type}"
+        raise fineweb.UserError(f"{problem}: run it on a machine with one")
+    modes = {"eager": False, "compiled": True}
+    if options.compile != "both":
+        modes = {mode: compile for mode, compile in modes.items() if str(compile) == options.compile}
+    peaks = {mode: {} for mode in modes}
+    for mode, compile in modes.items():
+        for micro_batch_size in options.micro_batch_sizes:
+            peak = run_in_process(
+                measure_memory,
+                size=options.model,
+                micro_batch_size=micro_batch_size,
+                compile=compile,
+                device=options.device,
+            )
+            print(f"{mode}, {micro_batch_size}: {describe_peak(peak)}", file=sys.stderr)
+            if peak is not None:
+                peaks[mode][micro_batch_size] = peak
+
+    print(f"\nmemory: {options.model}, T={T}, peak of a training step in GB (1e9 bytes): allocated, reserved")
+    print(machine())
+    print_columns("micro-batch", modes)
+    for micro_batch_size in options.micro_batch_sizes:
+        cells = [describe_peak(peaks[mode].get(micro_batch_size)) for mode in modes]
+        print_columns(micro_batch_size, cells)
+
+    largest = {mode: {card: largest_that_fits(peaks[mode], card) for card in CARDS} for mode in modes}
+    rule = f"reserved + {CONTEXT_GB} GB for CUDA and its libraries <= the card's size"
+    print(f"\nthe largest power of two of them that fits: {rule}")
+    print_columns("card", modes)
+    for card in CARDS:
+        print_columns(f"{card} GB", [largest[mode][card] or "none" for mode in modes])
+    return {"model": options.model, "peaks": peaks, "largest_micro_batch_size": largest}
+
+
+def describe_peak(peak):
+    return f"{peak['allocated_gb']:.1f}  {peak['reserved_gb']:6.1f}" if peak else "did not run"
+
+
+def print_columns(label, cells):
+    print(f"  {label!s:>12s}" + "".join(f"{cell!s:>20s}" for cell in cells))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -581,7 +820,8 @@ def benchmark_tokenize(options):
         os.environ["HF_HOME"] = str(folder / "cache")
         write_documents(folder / "whole", options.documents)
         write_documents(folder / "half", options.documents // 2)
-        plain = [sys.executable, __file__, "plain_loop", str(folder / "whole"), str(folder)]
+        paths = {"dataset": str(folder / "whole"), "out": str(folder)}
+        plain = [sys.executable, __file__, plain_loop.__name__, json.dumps(paths)]
         ours = [sys.executable, str(ROOT / "fineweb.py"), f"--num_proc={os.cpu_count()}"]
         for i in range(options.rounds + 1):  # the first one fills the data set's cache
             commands = {
@@ -641,9 +881,9 @@ def one_at_a_time(model, tokenized, device):
         longest = max(len(tokens) for tokens, _ in rows)
         idx = torch.zeros(4, longest, dtype=torch.int64)
         mask = torch.zeros(4, longest)
-        for i, (tokens, ending) in enumerate(rows):
+        for i, (tokens, n) in enumerate(rows):
             idx[i, : len(tokens)] = tokens
-            mask[i, : len(tokens)] = ending
+            mask[i, len(tokens) - n : len(tokens)] = 1
         idx, mask = idx.to(device), mask.to(device)
         logits = model(idx)[0][:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, 1:].flatten(), reduction="none")
@@ -669,7 +909,7 @@ def benchmark_hellaswag(options):
             sums[name] = run(model, tokenized, device).cpu()
             if i > 0:
                 seconds[name].append(time.perf_counter() - start)
-    counts = torch.tensor([[ending.sum() for _, ending in rows] for _, rows in tokenized])
+    counts = torch.tensor([[n for _, n in rows] for _, rows in tokenized])
     differ = sum(
         int((a.argmin(1) != b.argmin(1)).sum())
         for a, b in ((sums["plain"], sums["ours"]), (sums["plain"] / counts, sums["ours"] / counts))
@@ -689,49 +929,79 @@ def benchmark_hellaswag(options):
     return figures
 
 
-def main():
-    if sys.argv[1:2] == ["plain_loop"]:
-        plain_loop(*sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["contender"]:
-        name, device, *numbers = sys.argv[2:]
-        run_contender(name, device, *map(int, numbers))
-        return
-    benchmarks = {
-        "train": benchmark_train,
-        "losses": benchmark_losses,
-        "loop": benchmark_loop,
-        "loader": benchmark_loader,
-        "sample": benchmark_sample,
-        "tokenize": benchmark_tokenize,
-        "hellaswag": benchmark_hellaswag,
-    }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser():
+    parser = fineweb.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
-    commands = {name: subparsers.add_parser(name) for name in benchmarks}
+    commands = {name: subparsers.add_parser(name) for name in BENCHMARKS}
     for name in ("train", "losses", "loop", "loader"):
         commands[name].add_argument("--micro_batch_size", type=int, default=4, help="sequences of 1024 tokens [4]")
-    commands["train"].add_argument("--only", help="names of contenders, with commas between [all]")
     for name in ("train", "loop"):
         commands[name].add_argument("--warmup", type=int, default=4, help="steps that are not timed [4]")
     commands["train"].add_argument("--steps", type=int, default=3, help="steps timed in a round [3]")
+    commands["train"].add_argument("--only", help="names of contenders, with commas between [all]")
+    commands["train"].add_argument(
+        "--lecture",
+        metavar="FILE",
+        help="measure the lecture's model, too: FILE is train_gpt2.py of https://github.com/karpathy/build-nanogpt "
+        "(only its imports and the classes of its model are executed)",
+    )
+    commands["train"].add_argument("--plot", metavar="FILE", help="draw the ladder to this PNG file")
     commands["losses"].add_argument("--steps", type=int, default=20, help="steps of both models [20]")
-    commands["train"].add_argument("--plot", help="draw the ladder to this PNG file")
+    commands["memory"].add_argument("--model", choices=MODELS, default="gpt2", help="size [gpt2]")
+    commands["memory"].add_argument(
+        "--micro_batch_sizes",
+        type=int,
+        nargs="+",
+        metavar="B",
+        default=MICRO_BATCH_SIZES,
+        help="sequences of 1024 tokens, with spaces between [4 8 16 32 64 96 128]",
+    )
+    commands["memory"].add_argument(
+        "--compile",
+        choices=("both", "True", "False"),
+        default="both",
+        help="with torch.compile, without it, or both [both]",
+    )
     commands["tokenize"].add_argument("--documents", type=int, default=200_000, help="of about 1,000 tokens [200000]")
     for name in ("hellaswag", "loop"):
         commands[name].add_argument("--data", default="official", help="a local JSON-lines file")
-        commands[name].add_argument("--examples", type=int, default=300)
-    commands["hellaswag"].add_argument("--n_layer", type=int, default=4)
-    commands["hellaswag"].add_argument("--n_embd", type=int, default=128)
+        commands[name].add_argument("--examples", type=int, default=300, help="how many of them, at most [300]")
+    commands["hellaswag"].add_argument("--n_layer", type=int, default=4, help="blocks of the model [4]")
+    commands["hellaswag"].add_argument("--n_embd", type=int, default=128, help="its channels [128]")
+    for name in ("train", "losses", "memory", "loop", "sample", "hellaswag"):
+        commands[name].add_argument("--device", default="auto", help="auto, cuda, mps or cpu [auto]")
+    for name in ("train", "loop", "sample", "tokenize", "hellaswag"):
+        commands[name].add_argument("--rounds", type=int, default=3, help="how often each is measured [3]")
     for command in commands.values():
-        command.add_argument("--device", default="auto")
-        command.add_argument("--rounds", type=int, default=3)
-        command.add_argument("--json", help="write the figures to this file")
-    options = parser.parse_args()
-    figures = benchmarks[options.command](options)
+        command.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    return parser
+
+
+BENCHMARKS = {
+    "train": benchmark_train,
+    "memory": benchmark_memory,
+    "losses": benchmark_losses,
+    "loop": benchmark_loop,
+    "loader": benchmark_loader,
+    "sample": benchmark_sample,
+    "tokenize": benchmark_tokenize,
+    "hellaswag": benchmark_hellaswag,
+}
+# What runs in a process of its own: its options are one argument, in JSON.
+IN_PROCESS = {function.__name__: function for function in (run_contender, measure_memory, plain_loop)}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in IN_PROCESS:
+        print(json.dumps(IN_PROCESS[argv[0]](**json.loads(argv[1]))))
+        return
+    options = make_parser().parse_args(argv)
+    figures = BENCHMARKS[options.command](options)
     if options.json:
-        figures |= {"machine": machine()}
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({**figures, "machine": machine()}, indent=1) + "\n"
+        with fineweb.reported_as(f"--json={options.json} cannot be written"):
+            fineweb.replace_file(Path(options.json), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":
