@@ -1,0 +1,63 @@
+"""The experiments change what they say, in the script as it is today."""
+
+import runpy
+
+import experiments
+import pytest
+import torch
+
+import train_gpt2
+
+NAMES = [experiment.name for experiment in experiments.EXPERIMENTS]
+
+
+def test_every_experiment_has_a_name_and_changes_something():
+    assert len(set(NAMES)) == len(NAMES)
+    assert all(experiment.edits or experiment.flags for experiment in experiments.EXPERIMENTS[1:])
+
+
+@pytest.mark.parametrize("experiment", experiments.EXPERIMENTS, ids=NAMES)
+def test_its_edits_fit_and_its_flags_are_accepted(experiment, tmp_path):
+    flags = train_gpt2.parse_flags(experiments.make_flags(experiment, 1, tmp_path))
+    train_gpt2.complete_settings(train_gpt2.merge_settings(flags), 1)
+    compile(experiments.edited_source(experiment.edits), "train_gpt2.py", "exec")
+
+
+@pytest.mark.parametrize("name", ["no-residual", "post-norm", "no-norm", "no-position", "no-root", "no-mask", "relu"])
+def test_the_model_computes_something_else(name, tmp_path):
+    (experiment,) = (experiment for experiment in experiments.EXPERIMENTS if experiment.name == name)
+    script = tmp_path / "train_gpt2.py"
+    script.write_text(experiments.edited_source(experiment.edits), encoding="utf-8")
+    edited = runpy.run_path(str(script))
+    idx = torch.arange(8).view(1, 8)
+    outputs = []
+    for module in (vars(train_gpt2), edited):
+        torch.manual_seed(0)
+        model = module["GPT"](module["GPTConfig"](block_size=8, n_layer=2, n_head=2, n_embd=16))
+        outputs.append(model(idx)[0])
+    assert not torch.allclose(*outputs)
+
+
+def test_an_edit_that_does_not_fit_is_refused():
+    for text in ("no such line", "import"):
+        with pytest.raises(ValueError, match="change the experiment"):
+            experiments.edited_source({text: ""})
+
+
+def test_a_run_and_the_table(tmp_path, monkeypatch):
+    small = {"n_layer": 1, "n_embd": 8, "block_size": 8, "total_batch_size": 32, "micro_batch_size": 2}
+    steps = {"max_steps": 10, "warmup_steps": 2, "val_tokens": 64, "dtype": "float32"}
+    monkeypatch.setattr(experiments, "BASE", experiments.BASE | small | steps)
+    chosen = [experiment for experiment in experiments.EXPERIMENTS if experiment.name in ("as-it-is", "untied")]
+    results = {one.name: [experiments.run(one, seed, tmp_path) for seed in (1, 2)] for one in chosen}
+    for one in chosen:
+        for figures in results[one.name]:
+            assert 10 < figures["val"] < 11
+            assert figures["dt"] > 0
+    monkeypatch.setattr(experiments, "edited_source", None)  # a finished run is not repeated
+    assert experiments.run(chosen[1], 2, tmp_path) == results["untied"][1]
+    lines = experiments.table(results).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("| nothing: the script as it is | 10.")
+    results["untied"][0] = {"failed": "out of memory"}
+    assert "| out of memory |" in experiments.table(results)
