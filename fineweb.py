@@ -534,10 +534,15 @@ BLOCK_BYTES = 2**20  # of other files
 
 @contextlib.contextmanager
 def downloads_reported_as(problem, *more_kinds):
-    """reported_as, for the Hugging Face hub: where its cache cannot be written, say how to choose another folder."""
+    """reported_as, for the Hugging Face hub: it may be out of reach, or its cache in a folder that cannot be written."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     with reported_as(problem, *more_kinds):
         try:
             yield
+        except LocalEntryNotFoundError as error:
+            cause = "the Hugging Face hub could not be reached, and it was not downloaded before"
+            raise UserError(f"{problem}: {cause}: try again online") from error
         except OSError as error:
             place = str(error.filename or "elsewhere")
             if not (place.startswith(HF_HOME) or HF_HOME.startswith(place)):

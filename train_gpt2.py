@@ -52,6 +52,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -99,8 +100,7 @@ class CausalSelfAttention(nn.Module):
     ones are what it must predict). The better its query matches a token's key, the more weight that token's value gets.
 
     One average mixes everything together. So several heads do this side by side, each with short queries, keys and
-    values of its own (768 / 12 = 64 numbers): one can look for the subject of the sentence while another looks at the
-    previous word."""
+    values of its own (768 / 12 = 64 numbers): one can look for the subject while another looks at the previous word."""
 
     def __init__(self, config):
         super().__init__()
@@ -213,12 +213,8 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None):
-        """Score the next token at every position or, if the targets are given, compute the loss.
-
-        idx: (B, T) int64 token ids, T <= block_size.
-        targets: (B, T) int64, the token that follows each one of idx; positions with -1 do not count.
-        Returns (logits, None) or (None, loss). logits: (B, T, vocab_size). loss: the mean cross entropy (see below)."""
+    def hidden(self, idx):
+        """The vectors after the last block, which lm_head turns into scores: (B, T) int64 -> (B, T, C)."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit into a context of {self.config.block_size}"
         pos = torch.arange(T, device=idx.device)  # (T,)
@@ -228,7 +224,15 @@ class GPT(nn.Module):
         x = tok_emb + pos_emb
         for block in self.transformer.h:
             x = block(x)
-        x = self.transformer.ln_f(x)  # (B, T, C)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Score the next token at every position or, if the targets are given, compute the loss.
+
+        idx: (B, T) int64 token ids, T <= block_size.
+        targets: (B, T) int64, the token that follows each one of idx; positions with -1 do not count.
+        Returns (logits, None) or (None, loss). logits: (B, T, vocab_size). loss: the mean cross entropy (see below)."""
+        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x), None
         # Logits are scores. softmax would turn the ones at a position into probabilities of the next token. The loss,
@@ -277,9 +281,9 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             # All tokens are computed again each time. Caching keys and values would be faster, but takes more code.
             context = idx[:, -self.config.block_size :]  # as much as the model can look at
-            logits, _ = self(context)  # (B, T, vocab_size)
-            # Only the last position predicts something new. Ids from 50,257 on are padding, no tokens (section 8).
-            logits = logits[:, -1, :GPT2_VOCAB_SIZE].float()  # (B, 50257)
+            x = self.hidden(context)[:, -1]  # (B, C): only the last position predicts something new
+            logits = self.lm_head(x)  # (B, vocab_size)
+            logits = logits[:, :GPT2_VOCAB_SIZE].float()  # (B, 50257): the other ids are padding (section 8)
             logits = logits / max(temperature, 1e-10)  # differences between logits grow as the temperature falls
             k = min(top_k or GPT2_VOCAB_SIZE, logits.size(1))
             topk_logits, topk_ids = torch.topk(logits, k)  # (B, k) each
@@ -352,7 +356,7 @@ class DataLoaderLite:
 
     shuffle: take the windows in random order, a new one in every epoch (one pass over the data). Off by default, as in
     the lecture, so that losses can be compared with its published run. But similar pages may lie together, and then the
-    loss rises and falls with them. (In garg-aayush's runs, shuffled shards got to 3.021, windows to 3.005.)"""
+    loss rises and falls with them: in a text file, from one play to the next. So there, it is on by default."""
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root, shuffle=False, seed=1337):
         self.B, self.T = B, T
@@ -515,13 +519,10 @@ def pick_dtype(name, device):
 # steps of 2^19 tokens each: the more tokens in a step, the less noisy its gradient. GPT-2's paper leaves out most of
 # the recipe, so batch size, learning rate and warm-up (715 steps, 375 million tokens) are those of GPT-3's model of
 # this size (Brown et al. 2020, table 2.1 and appendix B). Which value counts? The flag; without it, on resume, that of
-# the checkpoint (a saved run); else one that suits the model or a text file; else the default here. Section 10 sees to
-# that, and replaces each None by a value.
+# the checkpoint (a saved run); else one that suits a text file or the model (so for None); else the default here.
 
 
 def setting(default, help, choices=(), minimum=0):  # a field, and what --help and the checks need to know of it
-    if default not in (None, ""):
-        help = f"{help} [{default}]"
     return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
 
 
@@ -544,7 +545,7 @@ class Settings:
     vocab_size: int = setting(50304, "tokens and padding", minimum=GPT2_VOCAB_SIZE)
     # Optimization
     total_batch_size: int = setting(524288, "tokens in a step, over all processes", minimum=1)
-    micro_batch_size: int = setting(None, "windows B computed at once [at most 64]", minimum=1)
+    micro_batch_size: int = setting(None, "sequences B in a micro-batch [at most 64]", minimum=1)
     max_steps: int = setting(19073, "steps; 0: only evaluate or, with --prompt, sample")
     warmup_steps: int = setting(715, "steps of linear warm-up")
     max_lr: float = setting(None, "peak learning rate [that of model; gpt2: 6e-4]")
@@ -575,8 +576,8 @@ class Settings:
 
 
 def train(raw_model, settings, run, checkpoint=None):
-    """Train the model that main has made (max_steps=0: evaluate it). What is not defined above, such as run, due and
-    check_..., is in Part II."""
+    """Train the model that main has made (max_steps=0: evaluate it). run writes log.txt and checkpoints (section 12).
+    What else is not defined above is in Part II, too, such as due (is it time?) and check_... (is all well?)."""
     rank, local_rank, world_size = get_ranks()
     ddp = world_size > 1
     master_process = rank == 0  # this one prints, logs and saves
@@ -641,6 +642,7 @@ def train(raw_model, settings, run, checkpoint=None):
 
         # Once in a while: samples
         if evaluate_now and master_process and settings.num_samples > 0:
+            fineweb.print0("samples before training:" if step == 0 else f"samples after {step} steps:")
             with autocast:
                 print_samples(raw_model, settings)
 
@@ -712,18 +714,19 @@ MODELS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "max_lr": 2e-4},  # 1558M
 }
 # For a text file: these suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy, so the
-# learning rate is half as large.
+# learning rate is half as large. And a few steps that read one play after another would end in the last play.
 TEXT_FILE_SETTINGS = {
     "block_size": 128,
     "total_batch_size": 1024,
-    "micro_batch_size": 4,
+    "micro_batch_size": 8,
     "max_steps": 60,
     "warmup_steps": 10,
     "max_lr": 3e-4,
     "eval_interval": 20,
     "val_tokens": 2048,
+    "shuffle": True,
     "hellaswag": "off",
-    "prompt": "ROMEO:\n",
+    "prompt": "",  # the start of a new text
 }
 PATHS = ("data", "log_dir", "init_from", "export", "hellaswag")  # in these flags, ~ is the home folder
 BOOLEANS = {"True": True, "False": False}
@@ -739,7 +742,8 @@ def parse_flags(argv):
             options["type"] = fineweb.expand_home
         if True in choices:  # --resume is short for --resume=True
             options |= {"type": lambda text: BOOLEANS.get(text, text), "nargs": "?", "const": True}
-        parser.add_argument(f"--{f.name}", help=f.metadata["help"], **options)
+        default = f" [{f.default}]" if f.default not in (None, "") else ""
+        parser.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **options)
     given = vars(parser.parse_args(argv))
     flags = {name: value for name, value in given.items() if value is not None}
     check_ranges(flags)
@@ -771,6 +775,8 @@ def merge_settings(flags, checkpoint=None, config=None):
         values |= MODELS.get(flags.get("init_from", "").removeprefix(OPENAI), {})
         values |= MODELS.get(flags.get("model"), {})
         values |= TEXT_FILE_SETTINGS if os.path.isfile(values["data"]) else {}
+        if Path(values["data"]).resolve() == fineweb.HERE / "input.txt":
+            values["prompt"] = "ROMEO:\n"
     values["log_dir"] = str(fineweb.HERE / "log")  # not the checkpoint's: the folder may have been moved
     values |= flags
     if config:
@@ -783,7 +789,8 @@ def merge_settings(flags, checkpoint=None, config=None):
 def size_of(config):
     """The one of MODELS that has the shape of a GPTConfig; {} if there is none."""
     for size in MODELS.values():
-        if config and all(size[name] == getattr(config, name) for name in ("n_layer", "n_head", "n_embd")):
+        shape = {name: size[name] for name in ("n_layer", "n_head", "n_embd")}
+        if config and shape.items() <= asdict(config).items():
             return size
     return {}
 
@@ -892,17 +899,16 @@ def read_pretrained(name_or_folder):
     folder, name = Path(name_or_folder), str(name_or_folder).removeprefix(OPENAI)
     if name in MODELS:
         files = ["config.json", "model.safetensors"]
-        with fineweb.downloads_reported_as(f"{name} cannot be loaded from the Hugging Face hub"):
+        with fineweb.downloads_reported_as(f"{name} cannot be loaded"):
             folder = Path(snapshot_download(OPENAI + name, allow_patterns=files))
     elif not os.path.isdir(folder):
-        kinds = f"one of {', '.join(MODELS)}, a checkpoint, or a folder of weights"
-        remedy = f"hf download {name} --local-dir=FOLDER makes one, if the hub has it"
-        raise fineweb.UserError(f"{name} cannot be loaded; it must be {kinds} ({remedy})")
+        raise fineweb.UserError(explain_missing(name))
     elif os.path.exists(folder / "adapter_config.json"):
         remedy = "merge it (merge_and_unload) and save the whole model"
         raise fineweb.UserError(f"{folder} cannot be loaded, it is a LoRA adapter: {remedy}")
     elif list_checkpoints(folder):
-        raise fineweb.UserError(f"{folder} cannot be loaded: name a checkpoint in it, {list_checkpoints(folder)[-1]}")
+        remedy = f"name a checkpoint in it, {list_checkpoints(folder)[-1]}"
+        raise fineweb.UserError(f"{folder} cannot be loaded: {remedy}")
 
     with fineweb.reported_as(f"{folder} cannot be loaded", SafetensorError):
         config = read_json(folder / "config.json")
@@ -919,6 +925,22 @@ def read_pretrained(name_or_folder):
         if not key.endswith(MASKS):
             tensors[key] = tensor
     return make_config({**config, "block_size": config.get("n_positions")}, folder), tensors
+
+
+def explain_missing(name):
+    """A message about weights that are not there. For a checkpoint (.pt), it says which ones there are."""
+    path = Path(name)
+    if path.suffix != ".pt":
+        kinds = f"one of {', '.join(MODELS)}, a checkpoint, or a folder of weights"
+        remedy = f"hf download {name} --local-dir=FOLDER makes one, if the hub has it"
+        return f"{name} cannot be loaded; it must be {kinds} ({remedy})"
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{name} does not exist, nor does {folder}: name another checkpoint"
+    names = [checkpoint.name for checkpoint in list_checkpoints(folder)]
+    earlier = sorted(str(place) for place in folder.glob("earlier_*"))
+    places = f", earlier runs are in {', '.join(earlier)}" if earlier else ""
+    return f"{name} does not exist; {folder} has {', '.join(names) or 'no checkpoint'}{places}"
 
 
 def find_safetensors(folder):
@@ -1014,8 +1036,8 @@ def load_checkpoint(path):
     if isinstance(config, GPTConfig) and isinstance(weights, dict):
         return {"config": asdict(config), "model": convert_weights(weights)}
     if isinstance(args, dict) and isinstance(weights, dict):
-        note = "nanoGPT computes GELU exactly, this script its approximation: losses differ a little"
-        fineweb.print0(f"note: {note}")
+        note = "nanoGPT computes GELU exactly, this script its approximation"
+        fineweb.print0(f"note: {note}: losses differ a little")
         return {"config": args, "model": convert_weights(weights)}
 
     problem = f"{path} is not a checkpoint of this script"
@@ -1160,9 +1182,12 @@ class Run:
         """Restore the checkpoint, if there is one. Then, if the run trains, lock the folder, open the log, and listen
         to signals. Returns the number of steps that are done. Raises UserError, before anything is written."""
         self.fingerprint = make_fingerprint(settings, train_loader, val_loader)
-        start_step = restore(checkpoint, optimizer, scaler, settings, self.fingerprint) if checkpoint else 0
+        start_step = 0
+        if checkpoint:
+            start_step = restore(checkpoint, optimizer, scaler, settings, self.fingerprint)
         if train_loader.num_processes > 1:
-            check_ranks_agree({**self.fingerprint, "start_step": start_step, "HellaSwag": len(examples)})
+            num_examples = len(examples)
+            check_ranks_agree({**self.fingerprint, "start_step": start_step, "HellaSwag": num_examples})
         if settings.max_steps == 0:
             return start_step
         if train_loader.process_rank == 0:
@@ -1286,8 +1311,16 @@ class Run:
             raise fineweb.UserError(f"{problem}: see the warning")
         if stopped_by > 0:
             name = signal.Signals(stopped_by).name
-            fineweb.print0(f"{name}: stopped after {step} steps, --resume continues")
+            flags = ["--resume"]
+            if self.folder != fineweb.HERE / "log":
+                flags.append(f"--log_dir={short_path(self.folder)}")
+            fineweb.print0(f"{name}: stopped after {step} steps")
+            fineweb.print0(f"to continue: {command_line(*flags)}")
             sys.exit(128 + stopped_by)
+        if self.newest != "none":
+            source = f"--init_from={short_path(self.newest)}"
+            command = command_line(source, "--max_steps=0", f"--prompt={self.settings.prompt.strip()}")
+            fineweb.print0(f"to sample from it: {command}")
 
     def close(self):
         """Let go of everything, however the run ended: in Jupyter, the process lives on."""
@@ -1296,6 +1329,23 @@ class Run:
         if self.log is not None:
             self.log.close()
         self.lock.release()
+
+
+def command_line(*flags):
+    """What to type, for a message."""
+    _, _, world_size = get_ranks()
+    program = "python"
+    if world_size > 1:
+        program = f"torchrun --standalone --nproc_per_node={world_size}"
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(world_size):
+        program = "torchrun ..."  # several nodes: its flags are not known here
+    return f"{program} {shlex.join([short_path(fineweb.HERE / 'train_gpt2.py'), *flags])}"
+
+
+def short_path(path):
+    """The path as seen from the current folder, if it lies in there."""
+    path, current = Path(path).resolve(), Path.cwd()
+    return str(path.relative_to(current)) if path.is_relative_to(current) else str(path)
 
 
 def due(step, interval, last_step):
@@ -1323,16 +1373,20 @@ def print_start(settings, run, model, train_loader, val_loader, device, dtype, c
     B, T, world_size = train_loader.B, train_loader.T, train_loader.num_processes
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    precision, mode = str(dtype).removeprefix("torch."), "compiled" if compiled else "eager"
+    precision = str(dtype).removeprefix("torch.")
+    mode = "compiled" if compiled else "eager (not compiled)"
     num_params = sum(p.numel() for p in model.parameters())
     num_train, num_val = train_loader.num_tokens, val_loader.num_tokens
     wanted = run.settings.micro_batch_size or B
     lowered = f" ({wanted} does not divide the step)" if wanted != B else ""
-    counts = f"{B=}{lowered}, {T=}, {grad_accum_steps=}, {world_size=}, {start_step=}"
+    processes = f"{world_size} process" if world_size == 1 else f"{world_size} processes"
+    step = f"{settings.total_batch_size:,} tokens = {processes} x {grad_accum_steps} micro-steps"
     fineweb.print0(f"device: {world_size} x {gpu}, {precision}, {mode}")
     fineweb.print0(f"model: {num_params:,} parameters, {model.config}")
     fineweb.print0(f"data: {num_train:,} tokens, validation {num_val:,}, from {settings.data}")
-    fineweb.print0(f"step: {settings.total_batch_size:,} tokens, {counts}")
+    fineweb.print0(f"step: {step} x {B} sequences (B){lowered} x {T} tokens (T)")
+    if start_step > 0:
+        fineweb.print0(f"resumed: {start_step} of {settings.max_steps} steps are done")
     if 0 < start_step == settings.max_steps:
         fineweb.print0(f"this run is finished: a larger --max_steps than {start_step} continues it")
 
@@ -1408,7 +1462,8 @@ def main(argv=None):
     rank, _, world_size = get_ranks()
     if flags.get("prompt") == "-" and rank == 0:  # the other processes would read parts of it
         if sys.stdin is None:
-            raise fineweb.UserError("--prompt=- reads standard input, but that is closed: give it a text or a file")
+            problem = "--prompt=- reads standard input, but that is closed"
+            raise fineweb.UserError(f"{problem}: give it a text or a file")
         text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
         flags["prompt"] = text.removesuffix("\n")
 
@@ -1439,7 +1494,10 @@ def main(argv=None):
         if model is None:
             model = GPT(make_config(asdict(settings), "the model"))
         if only_samples and rank == 0:
-            print_samples(model.to(pick_device(settings.device)), settings)
+            device = pick_device(settings.device)
+            dtype = pick_dtype(settings.dtype, device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                print_samples(model.to(device), settings)
         if only_samples:
             return
         is_default = "data" not in flags and not checkpoint

@@ -278,7 +278,8 @@ def test_a_signal_while_it_trains(launch, tmp_path, undisturbed, rng):
         assert status == 128 + number
         assert errors == ""
         steps = last_step(folders[number]) + 1
-        assert out.endswith(f"{number.name}: stopped after {steps} steps, --resume continues\n")
+        command = f"python {ROOT / 'train_gpt2.py'} --resume --log_dir={folders[number]}"
+        assert out.endswith(f"{number.name}: stopped after {steps} steps\nto continue: {command}\n")
         assert newest(folders[number]) == steps
     resume_all(launch, list(folders.values()), undisturbed())
 

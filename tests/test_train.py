@@ -6,15 +6,18 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SIGNALS, TINY, files_in, names_in, read_log, run_script, write_shards
 from filelock import FileLock
+from torch import nn
 from torch._dynamo.utils import counters
 
 import fineweb
@@ -214,7 +217,7 @@ def test_without_a_compiler_the_run_is_eager_with_one_warning(train, monkeypatch
     out = train("--compile=True", "--max_steps=1")
     assert out.count("warning: torch.compile does not work here") == 1
     assert "(RuntimeError: no compiler)" in out
-    assert ", eager\n" in out
+    assert ", eager (not compiled)\n" in out
 
 
 def test_a_gpu_without_kernels_is_not_taken_for_a_missing_compiler(train, monkeypatch, capsys):
@@ -426,9 +429,10 @@ def test_a_fitted_micro_batch_is_not_remembered(tmp_path, shards):
     """Two processes had 4 sequences each, so 8 did not fit; one process that resumes has 8."""
     flags = [*[flag for flag in TINY if "micro_batch" not in flag], f"--data={shards}", f"--log_dir={tmp_path}"]
     run = run_script(*flags, "--max_steps=2", nproc=2)
-    assert "\nstep: 128 tokens, B=4, T=16, grad_accum_steps=1, world_size=2, start_step=0\n" in run.stdout
+    assert "\nstep: 128 tokens = 2 processes x 1 micro-steps x 4 sequences (B) x 16 tokens (T)\n" in run.stdout
     run = run_script(f"--log_dir={tmp_path}", "--resume", "--max_steps=3")
-    assert "\nstep: 128 tokens, B=8, T=16, grad_accum_steps=1, world_size=1, start_step=2\n" in run.stdout
+    assert "\nstep: 128 tokens = 1 process x 1 micro-steps x 8 sequences (B) x 16 tokens (T)\n" in run.stdout
+    assert "\nresumed: 2 of 3 steps are done\n" in run.stdout
 
 
 def test_going_on_after_the_last_step_keeps_its_evaluation(train, tmp_path):
@@ -457,10 +461,10 @@ def test_resume_on_two_processes(train, tmp_path, shards):
 def test_resume_with_nothing_to_resume_starts_from_scratch(train, tmp_path):
     out = train("--resume", "--max_steps=2")
     assert f"no checkpoint in {tmp_path / 'log'}: starting from scratch" in out
-    assert "start_step=0" in out
+    assert "resumed: " not in out
     assert "this run is finished: a larger --max_steps than 2 continues it" in train("--resume", "--max_steps=2")
     assert [step for step, _ in losses(tmp_path / "log")] == [0, 1]
-    assert "start_step=2" in train("--resume", "--max_steps=3")
+    assert "resumed: 2 of 3 steps are done" in train("--resume", "--max_steps=3")
 
 
 def test_a_new_run_moves_the_earlier_one_aside(train, tmp_path):
@@ -549,6 +553,52 @@ def test_with_a_prompt_and_no_steps_it_only_samples(train, tmp_path, monkeypatch
         assert sum(line.startswith("sample") for line in lines) == 3
         assert not any(word in "\n".join(lines) for word in ("train", "loss", "device", "Ctrl-C"))
     assert [(path, path.stat().st_mtime_ns) for path in files_in(tmp_path / "log")] == before
+
+
+def test_sampling_alone_is_in_the_precision_of_the_run(train, monkeypatch):
+    train("--max_steps=2")
+    seen = []
+    monkeypatch.setattr(nn.Linear, "forward", watch(nn.Linear.forward, seen))
+    for dtype in (torch.bfloat16, torch.float32):
+        seen.clear()
+        train("--resume", "--max_steps=0", "--prompt=A", f"--dtype={str(dtype)[6:]}")
+        assert set(seen) == {dtype}
+
+
+def watch(forward, seen):
+    def watched(self, x):
+        out = forward(self, x)
+        seen.append(out.dtype)
+        return out
+
+    return watched
+
+
+@pytest.mark.parametrize(("name", "prompt"), [("input.txt", "ROMEO:\n"), ("own.txt", ""), ("copy/input.txt", "")])
+def test_the_prompt_suits_the_text(tmp_path, monkeypatch, name, prompt):
+    for path in (tmp_path / "input.txt", tmp_path / "own.txt", tmp_path / "copy" / "input.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("A text. " * 100, encoding="utf-8")
+    monkeypatch.setattr(fineweb, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for data in (name, str(tmp_path / name)):
+        settings = merge_settings({"data": data})
+        assert (settings.prompt, settings.shuffle) == (prompt, True)
+    assert merge_settings({"data": name, "prompt": "x", "shuffle": False}).prompt == "x"
+    shards = merge_settings({"data": str(tmp_path)})
+    assert (shards.prompt, shards.shuffle) == ("Hello, I'm a language model,", False)
+
+
+def test_a_run_says_when_it_samples_and_how_to_sample_again(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = train("--prompt=O Romeo", "--max_steps=2")
+    assert "\nsamples before training:\nsample 0: O Romeo" in out
+    assert "\nsamples after 2 steps:\nsample 0: O Romeo" in out
+    command = out.splitlines()[-1].removeprefix("to sample from it: ")
+    program, script, *flags = shlex.split(command)
+    assert (program, Path(script)) == ("python", ROOT / "train_gpt2.py")
+    assert flags == ["--init_from=log/model_00002.pt", "--max_steps=0", "--prompt=O Romeo"]
+    train_gpt2.main(["--device=cpu", *flags])
 
 
 def test_training_starts_from_weights_only(train, tmp_path):
@@ -654,8 +704,8 @@ def test_the_micro_batch_is_the_largest_that_divides_the_sequences_of_a_process(
 @pytest.mark.parametrize(("given", "used"), [(3, 2), (100, 8)])
 def test_a_micro_batch_that_does_not_divide_the_step_is_lowered_and_the_step_is_the_same(train, tmp_path, given, used):
     out = train(f"--micro_batch_size={given}", "--max_steps=1", f"--log_dir={tmp_path / 'given'}")
-    line = f"step: 128 tokens, B={used} ({given} does not divide the step), T=16, grad_accum_steps={8 // used},"
-    assert line in out
+    size = f"{used} sequences (B) ({given} does not divide the step) x 16 tokens (T)"
+    assert f"step: 128 tokens = 1 process x {8 // used} micro-steps x {size}\n" in out
     assert "does not divide" not in train(f"--micro_batch_size={used}", "--max_steps=1")
     assert (tmp_path / "given" / "log.txt").read_bytes() == (tmp_path / "log" / "log.txt").read_bytes()
 

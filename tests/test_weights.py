@@ -449,7 +449,19 @@ def test_openais_models_have_two_names(hub, train, shards, tmp_path, name):
 def test_another_model_names_what_to_do(hub):
     for name in ("distilgpt2", "distilbert/distilgpt2"):
         assert f"hf download {name} --local-dir=FOLDER" in refused(load_model, name)
-    assert "gpt2 cannot be loaded from the Hugging Face hub" in refused(load_model, "gpt2")  # it is not there
+    assert "the Hugging Face hub could not be reached" in refused(load_model, "gpt2")
+
+
+def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path):
+    folder = tmp_path / "log"
+    missing = str(folder / "model_650.pt")
+    assert f"{missing} does not exist, nor does {folder}" in refused(load_model, missing)
+    folder.mkdir()
+    assert f"{missing} does not exist; {folder} has no checkpoint" in refused(load_model, missing)
+    for name in ("model_00600.pt", "model_00700.pt", "earlier_1"):
+        (folder / name).mkdir()
+    names = f"{folder} has model_00600.pt, model_00700.pt, earlier runs are in {folder / 'earlier_1'}"
+    assert f"{missing} does not exist; {names}" in refused(load_model, missing)
 
 
 class Misspelled(nn.Module):
