@@ -342,8 +342,8 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
 class DataLoaderLite:
     """Batches of one split, "train" or "val", from a folder of shards or a text file.
 
-    The shards, end to end, are one stream that starts again after its last token. A batch, for one forward pass, is B
-    windows of T tokens, which may run across pages. The text input.txt begins 5962 22307 25 198 8421 356 5120 597 2252:
+    The shards, end to end, are one stream that starts again after its last token. A batch (section 9: micro-batch) is
+    B windows of T tokens, which may run across pages. The text input.txt begins 5962 22307 25 198 8421 356 5120 597 2252:
     "First", " Citizen", ":", a new line, "Before", " we", " proceed", " any", " further". So B = 2, T = 4 makes
 
         x = [[5962, 22307,   25, 198],      y = [[22307,  25, 198, 8421],
@@ -519,7 +519,7 @@ def pick_dtype(name, device):
 # steps of 2^19 tokens each: the more tokens in a step, the less noisy its gradient. GPT-2's paper leaves out most of
 # the recipe, so batch size, learning rate and warm-up (715 steps, 375 million tokens) are those of GPT-3's model of
 # this size (Brown et al. 2020, table 2.1 and appendix B). Which value counts? The flag; without it, on resume, that of
-# the checkpoint (a saved run); else one that suits a text file or the model (so for None); else the default here.
+# the checkpoint (a saved run); else one that suits a text file or the model (for None, always); else the default here.
 
 
 def setting(default, help, choices=(), minimum=0):  # a field, and what --help and the checks need to know of it
@@ -714,7 +714,7 @@ MODELS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "max_lr": 2e-4},  # 1558M
 }
 # For a text file: these suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy, so the
-# learning rate is half as large. And a few steps that read one play after another would end in the last play.
+# learning rate is half as large. Shuffled, because the last steps would only see the last play otherwise.
 TEXT_FILE_SETTINGS = {
     "block_size": 128,
     "total_batch_size": 1024,
