@@ -127,13 +127,15 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=128,
             # Padding is at the end of a row, where no token of the ending sees it. R rows, the longest has L tokens.
             idx = pad_sequence([tokens for tokens, _ in batch], batch_first=True).to(device)  # (R, L)
             masks = [torch.arange(len(tokens)) >= len(tokens) - n for tokens, n in batch]  # True for the ending
-            mask = pad_sequence(masks, batch_first=True).to(device)  # (R, L): False for padding
+            mask = pad_sequence(masks, batch_first=True)  # (R, L): False for padding
+            # Only the N tokens of the endings are scored. Their places are found on the CPU: the GPU need not wait.
+            places = mask[:, 1:].flatten().nonzero().squeeze(1).to(device)  # (N,)
             x = model.hidden(idx[:, :-1])  # (R, L - 1, C)
-            targets, mask = idx[:, 1:], mask[:, 1:]  # (R, L - 1)
-            logits = model.lm_head(x[mask]).float()  # (N, vocab_size): only for the N tokens of the endings
-            token_losses = torch.zeros(targets.shape, device=device)
-            token_losses[mask] = F.cross_entropy(logits, targets[mask], reduction="none")
-            losses[indices] = token_losses.sum(dim=1)
+            logits = model.lm_head(x.flatten(0, 1)[places]).float()  # (N, vocab_size)
+            targets = idx[:, 1:].flatten()  # (R * (L - 1),)
+            token_losses = torch.zeros(len(targets), device=device)
+            token_losses[places] = F.cross_entropy(logits, targets[places], reduction="none")
+            losses[indices] = token_losses.view(len(batch), -1).sum(dim=1)
     if dist.is_initialized():
         dist.all_reduce(losses, op=dist.ReduceOp.SUM)
     return losses.view(-1, 4)

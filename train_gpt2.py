@@ -14,7 +14,7 @@ is the number of texts computed at once, T the number of tokens in each, C the l
      |                         wte gives every token its vector, C = 768 numbers (channels),
      |                         wpe gives every position one, and the two are added
     x         (B, T, C)
-     |                         12 blocks turn the vector of each token, step by step, into a guess of the next token:
+     |                         12 blocks turn each token's vector, step by step, into one that guesses the next token:
      |                           attention: a token gathers information from the tokens before it
      |                           MLP: a token works on what it has gathered
     x         (B, T, C)
@@ -31,7 +31,7 @@ What is learned is the model's parameters, or weights:
 What that costs, in multiplications and additions per token:
 
     6 * 124.5 million          each weight: 2 in the forward pass, 4 in the backward pass (gradients of weight, input)
-    12 blocks * 12 * T * C     attention: scores, averages: 2 * T * C each forward, 4 backward (counting masked ones)
+    12 blocks * 12 * T * C     attention (section 1): q @ k and weights @ v, 2 * T * C each, and 4 in the backward pass
     0.86 billion (GFLOP)       in all; 451 trillion in a step of half a million tokens, 8.6e18 in 19,073 steps
 
 In the lecture, an A100 GPU at first takes 1000 ms for 16 thousand tokens. One trick after another, all explained below,
@@ -73,7 +73,7 @@ from torch import nn
 import fineweb
 import hellaswag
 
-GPT2_VOCAB_SIZE = 50257  # tokens: 256 bytes, 50,000 common pieces of text, <|endoftext|> (begins each document)
+GPT2_VOCAB_SIZE = 50257  # one for each of 256 bytes, 50,000 common pieces of text, <|endoftext|> (before each text)
 
 # ======================================================================================================================
 # Part I: the lesson
@@ -119,16 +119,16 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         # Written out, attention is four lines:
         #     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T): dot products; large: a match
-        #     scores = scores.masked_fill(is_later, -math.inf)         # (T, T) mask of later tokens; exp(-inf) is 0
+        #     scores = scores.masked_fill(is_later, -math.inf)         # is_later (T, T): True for later tokens
         #     weights = F.softmax(scores, dim=-1)                      # (B, n_head, T, T): each row sums to 1
         #     y = weights @ v                                          # (B, n_head, T, head_size): the averages
-        # softmax turns a row of scores into weights: exp(score), divided by the sum of exp(score) over the row. Why the
+        # softmax turns a row of scores into weights: exp(score), 0 for -inf, divided by the sum over the row. Why the
         # square root? The dot product of two vectors of 64 random numbers (of mean 0, standard deviation 1) has a
         # standard deviation of sqrt(64) = 8; divided by that, of 1. With scores 8 times further apart, one token would
         # get nearly all the weight: small changes of the scores would change nothing, so there would be no gradient.
         # FlashAttention (Dao et al. 2022) computes the same, but never stores a (T, T) matrix in the GPU's main memory.
-        # It computes the scores tile by tile in small, fast memory on the chip, updating softmax's sums as it goes, and
-        # again in the backward pass: more arithmetic, but less time than moving the matrix (lecture: 130 to 96 ms).
+        # It computes the scores tile by tile in small, fast memory on the chip, updating softmax's sums as it goes. The
+        # backward pass computes them again: more work, but less time than moving the matrix (lecture: 130 to 96 ms).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # all four lines: (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -140,7 +140,7 @@ class MLP(nn.Module):
     c_fc compares the token's vector with 4C learned patterns, GELU drops those that do not match, and c_proj adds a
     learned vector for each of the others, larger for a better match. (Without GELU, which is not linear, the two linear
     layers could do no more than one.) Four times wider is the choice of the first Transformer (Vaswani et al. 2017,
-    section 3.3) and of most since. That makes 8 C*C weights, against 4 C*C in attention: two thirds of a block's."""
+    section 3.3) and of most since. That makes 8 C*C weights, against 4 C*C in attention: two thirds of the block."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,7 +166,7 @@ class Block(nn.Module):
     They read it through a layer norm (Ba et al. 2016). That shifts and scales the C numbers of each token to mean 0 and
     standard deviation 1, then gives each channel a learned scale and shift. So attention and MLP can rely on the size
     of their input, although the sum grows from block to block. The sum itself is normalized only at the end (GPT-2,
-    section 2.3). The first Transformer did that in every block, which changes the gradient on its way back."""
+    section 2.3). The first Transformer normalized it in every block, so gradients did not pass back unchanged."""
 
     def __init__(self, config):
         super().__init__()
@@ -200,21 +200,21 @@ class GPT(nn.Module):
 
         self.apply(self._init_weights)
         # The residual stream adds up 2 * n_layer outputs. A sum of n independent random numbers is about sqrt(n) times
-        # as large as one of them. So the layers that write to the stream start smaller by this factor, and the stream
-        # of a deep model starts no larger than that of a shallow one (GPT-2, section 2.3).
+        # as large as one of them. So the layers that write to the stream get smaller first weights by this factor, and
+        # before training, the stream is no larger in a deep model than in a shallow one (GPT-2, section 2.3).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def _init_weights(self, module):
-        # Small random numbers: no score stands out, so the first guess is about uniform. (OpenAI had 0.01 for wpe.)
+        # Small random numbers: no score stands out, so the first guess is about uniform.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def hidden(self, idx):
-        """The vectors after the last block, which lm_head turns into scores: (B, T) int64 -> (B, T, C)."""
+        """What lm_head turns into scores, the vectors after the last block and ln_f: (B, T) int64 -> (B, T, C)."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit into a context of {self.config.block_size}"
         pos = torch.arange(T, device=idx.device)  # (T,)
@@ -242,9 +242,9 @@ class GPT(nn.Module):
         # once. exp(loss), the perplexity, is the number of equally likely tokens that would be as hard to guess: 50,304
         # if the model knows nothing (a loss of 10.8: check your first step), about 22 after training (3.07).
         if x.device.type == "cpu":
-            return None, loss_in_chunks(self.lm_head, x, targets)  # the three lines below, in parts: faster there
+            return None, loss_in_chunks(self.lm_head, x, targets)  # the three lines below, in parts: faster on a CPU
         logits = self.lm_head(x)  # (B, T, vocab_size): 6.6 GB in bfloat16 for 64 x 1024 tokens
-        logits = logits.float()  # softmax and loss in float32: in bfloat16, losses near 3 are 1/64 apart
+        logits = logits.float()  # softmax and loss in float32: in bfloat16 (section 7), losses near 3 are 1/64 apart
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return None, loss  # no logits: as long as a caller held them, they would take up memory
 
@@ -255,7 +255,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder):
         """The model with the weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded from the Hugging Face hub,
-        or of a folder that transformers saved. Raises UserError if they cannot be found, or are no GPT-2."""
+        or of a folder saved by their library, transformers. Raises UserError if they are not found, or not GPT-2's."""
         config, tensors = read_pretrained(name_or_folder)  # {name: tensor}; section 11
         model = cls(config)
         for name, tensor in tensors.items():
@@ -342,21 +342,21 @@ def get_lr(step, max_steps, warmup_steps, max_lr, min_lr):
 class DataLoaderLite:
     """Batches of one split, "train" or "val", from a folder of shards or a text file.
 
-    The shards, end to end, are one stream that starts again after its last token. A batch (section 9: micro-batch) is
-    B windows of T tokens, which may run across pages. The text input.txt begins 5962 22307 25 198 8421 356 5120 597 2252:
+    The shards, end to end, are one stream that starts again after its last token. A batch (section 9: micro-batch) is B
+    windows of T tokens, which may run across pages. The text input.txt begins 5962 22307 25 198 8421 356 5120 597 2252:
     "First", " Citizen", ":", a new line, "Before", " we", " proceed", " any", " further". So B = 2, T = 4 makes
 
         x = [[5962, 22307,   25, 198],      y = [[22307,  25, 198, 8421],
              [8421,   356, 5120, 597]]           [356,  5120, 597, 2252]]
 
-    y is the answer: y[b, t] is the token that follows x[b, t]. The next batch starts at 2252, so far only an answer.
-    Several processes (section 7) take turns: of 8, process 3 (its rank) takes batches 3, 11, 19 and so on. Where its
-    k-th batch lies follows from k, its rank and their number, and k from the step. So to resume a run, the step is all
-    that has to be restored, even on another number of GPUs. (torch's DataLoader is for data that take long to load.)
+    y is the answer: y[b, t] is the token that follows x[b, t]. The next batch starts at 2252, here only an answer.
+    Several processes (section 7) share the batches: of 8, the one with rank 3 takes batches 3, 11, 19 and so on. Where
+    a process reads next follows from its rank, the number of processes and the step. So a resumed run finds its place
+    in the data by the step, even on another number of GPUs. (torch's DataLoader is for data that take long to load.)
 
-    shuffle: take the windows in random order, a new one in every epoch (one pass over the data). Off by default, as in
-    the lecture, so that losses can be compared with its published run. But similar pages may lie together, and then the
-    loss rises and falls with them: in a text file, from one play to the next. So there, it is on by default."""
+    shuffle: take the windows in random order, a new one in every epoch (one pass over the data). For shards, off by
+    default, as in the lecture, to compare losses with its published run. But where similar pages lie together, the loss
+    rises and falls with them: in input.txt, from one play to the next. So for a text file, it is on by default."""
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root, shuffle=False, seed=1337):
         self.B, self.T = B, T
@@ -449,7 +449,7 @@ def print_samples(model, settings):
     device = model.lm_head.weight.device
     idx = torch.tensor([prompt] * settings.num_samples, device=device)  # (num_samples, T)
     generator = torch.Generator(device=device).manual_seed(settings.seed)  # leaves the training's random state alone
-    with hellaswag.attention_for_varying_lengths():  # texts grow; some kernels are slow at each new length
+    with hellaswag.attention_for_varying_lengths():  # texts grow: avoid kernels that are slow at new lengths
         idx = model.generate(idx, settings.max_new_tokens, settings.temperature, settings.top_k, generator)
     for i, row in enumerate(idx[:, len(prompt) :].tolist()):
         text = encoding.decode(row).split("<|endoftext|>")[0]
@@ -460,7 +460,7 @@ def print_samples(model, settings):
 # 7. Processes, devices, precision
 # torchrun starts one copy of this script, a process, for each GPU. The world size is the number of processes. The rank
 # counts them from 0, the local rank counts those of one machine: on two machines with eight GPUs each, the process for
-# the very last GPU has rank 15 and local rank 7. DistributedDataParallel (DDP) copies the weights of rank 0 to all.
+# the very last GPU has rank 15 and local rank 7. DistributedDataParallel (DDP) first copies rank 0's weights to all.
 # Each computes the gradient for its part of the tokens, DDP averages these gradients, and so all take the same step.
 
 
@@ -515,11 +515,11 @@ def pick_dtype(name, device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Settings
-# Each is a flag, too: --max_steps=50. The defaults are the recipe. It trains GPT-2 (124M) on ten billion tokens: 19,073
-# steps of 2^19 tokens each: the more tokens in a step, the less noisy its gradient. GPT-2's paper leaves out most of
-# the recipe, so batch size, learning rate and warm-up (715 steps, 375 million tokens) are those of GPT-3's model of
-# this size (Brown et al. 2020, table 2.1 and appendix B). Which value counts? The flag; without it, on resume, that of
-# the checkpoint (a saved run); else one that suits a text file or the model (for None, always); else the default here.
+# Each is a flag, too: --max_steps=50. The defaults are the recipe for GPT-2 (124M) on ten billion tokens: 19,073 steps
+# of 2^19 tokens each. (The more tokens in a step, the less noisy its gradient.) GPT-2's paper leaves out most of it, so
+# batch size, learning rate and warm-up (715 steps, 375 million tokens) are those of GPT-3's model of this size (Brown
+# et al. 2020, table 2.1 and appendix B). Which value counts? The flag's; without a flag, on resume the checkpoint's (a
+# saved run's); else, for None or with a text file, one that suits the model or the text (see [ ]); else the default.
 
 
 def setting(default, help, choices=(), minimum=0):  # a field, and what --help and the checks need to know of it
@@ -553,7 +553,7 @@ class Settings:
     weight_decay: float = setting(0.1, "weight decay of matrices")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping")
     seed: int = setting(1337, "seed of initial weights, shuffling and samples")
-    shuffle: bool = setting(False, "take windows in random order", (True, False))
+    shuffle: bool = setting(False, "take windows in random order; on for a text file", (True, False))
     # Evaluation
     eval_interval: int = setting(250, "steps between evaluations; 0: never")
     val_tokens: int = setting(10485760, "validation tokens in an evaluation", minimum=1)
@@ -577,7 +577,7 @@ class Settings:
 
 def train(raw_model, settings, run, checkpoint=None):
     """Train the model that main has made (max_steps=0: evaluate it). run writes log.txt and checkpoints (section 12).
-    What else is not defined above is in Part II, too, such as due (is it time?) and check_... (is all well?)."""
+    What else is not defined above is in Part II, too: due (is it time?), check_... (stop if all is not well), ..."""
     rank, local_rank, world_size = get_ranks()
     ddp = world_size > 1
     master_process = rank == 0  # this one prints, logs and saves
@@ -605,7 +605,7 @@ def train(raw_model, settings, run, checkpoint=None):
     if ddp:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # fewer copies
 
-    # A step's tokens do not fit into memory at once. So it takes them in micro-batches of B * T, and adds up gradients.
+    # A step's tokens do not fit into memory at once. So a process takes micro-batches of B * T and adds up gradients.
     B, T = settings.micro_batch_size, settings.block_size
     grad_accum_steps = settings.total_batch_size // (B * T * world_size)  # no remainder: section 10 chose B so
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", settings.data, settings.shuffle, settings.seed)
@@ -663,7 +663,7 @@ def train(raw_model, settings, run, checkpoint=None):
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 _, loss = model(x, y)
-            x, y = train_loader.next_batch(device)  # while the GPU computes, the CPU reads the next batch
+            x, y = train_loader.next_batch(device)  # the GPU has its orders, and the CPU reads the next batch
             loss = loss / grad_accum_steps  # backward() adds up gradients: this makes the sum a mean
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
@@ -672,7 +672,7 @@ def train(raw_model, settings, run, checkpoint=None):
         scaler.unscale_(optimizer)  # float16: first divide by the factor
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
 
-        # The mean loss over all ranks. And if one rank got a signal to stop, all stop: else they would wait forever.
+        # The mean loss over all ranks. If one rank got a signal to stop, all stop: else they would wait for it forever.
         stop_signal = torch.full((), run.stop_signal, device=device)  # 0: none
         if ddp:
             dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)
