@@ -463,7 +463,7 @@ def how_to_convert(path):
     shard = path.with_name(f"tokens_{split}_000000.npy")
     command = f"import numpy as np; np.save('{shard}', np.fromfile('{path}', np.uint16))"
     return (
-        "it lacks llm.c's header: if it holds raw uint16 tokens, as nanoGPT's, "
+        "it lacks llm.c's header: if it holds raw uint16 tokens of GPT-2, as nanoGPT's (but not its characters), "
         f'convert it and then delete it: python -c "{command}"'
     )
 

@@ -240,7 +240,7 @@ class GPT(nn.Module):
         # it, larger the less likely the model thought it. A natural logarithm measures it in nats. It is averaged over
         # all B*T positions, and because no position sees the tokens after it, one forward pass is B*T exercises at
         # once. exp(loss), the perplexity, is the number of equally likely tokens that would be as hard to guess: 50,304
-        # if the model knows nothing (a loss of 10.8: check your first step), about 22 after training (3.07).
+        # if the model knows nothing (a loss of 10.8; your first: up to 11.0), about 22 after training (3.07).
         if x.device.type == "cpu":
             return None, loss_in_chunks(self.lm_head, x, targets)  # the three lines below, in parts: faster on a CPU
         logits = self.lm_head(x)  # (B, T, vocab_size): 6.6 GB in bfloat16 for 64 x 1024 tokens
@@ -282,8 +282,8 @@ class GPT(nn.Module):
             # All tokens are computed again each time. Caching keys and values would be faster, but takes more code.
             context = idx[:, -self.config.block_size :]  # as much as the model can look at
             x = self.hidden(context)[:, -1]  # (B, C): only the last position predicts something new
-            logits = self.lm_head(x)  # (B, vocab_size)
-            logits = logits[:, :GPT2_VOCAB_SIZE].float()  # (B, 50257): the other ids are padding (section 8)
+            with torch.autocast(x.device.type, enabled=False):  # in bfloat16 (section 7), many scores would be equal
+                logits = self.lm_head(x.float())[:, :GPT2_VOCAB_SIZE]  # (B, 50257): the rest is padding (section 8)
             logits = logits / max(temperature, 1e-10)  # differences between logits grow as the temperature falls
             k = min(top_k or GPT2_VOCAB_SIZE, logits.size(1))
             topk_logits, topk_ids = torch.topk(logits, k)  # (B, k) each
@@ -567,8 +567,8 @@ class Settings:
     top_k: int = setting(50, "sample from the k likeliest tokens; 0: from all")
     # System
     device: str = setting("auto", "auto, cuda, mps or cpu")
-    dtype: str = setting("auto", "precision", ("auto", "bfloat16", "float16", "float32"))
-    compile: str = setting("auto", "torch.compile; auto: on CUDA", ("auto", True, False))
+    dtype: str = setting("auto", "auto, bfloat16, float16 or float32", ("auto", "bfloat16", "float16", "float32"))
+    compile: str = setting("auto", "auto (on CUDA), True or False", ("auto", True, False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -642,7 +642,7 @@ def train(raw_model, settings, run, checkpoint=None):
 
         # Once in a while: samples
         if evaluate_now and master_process and settings.num_samples > 0:
-            fineweb.print0("samples before training:" if step == 0 else f"samples after {step} steps:")
+            fineweb.print0(f"samples after {step} steps:" if step > 0 else "samples before training:")
             with autocast:
                 print_samples(raw_model, settings)
 
@@ -713,20 +713,19 @@ MODELS = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "max_lr": 2.5e-4},  # 774M
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "max_lr": 2e-4},  # 1558M
 }
-# For a text file: these suit a megabyte of text and two CPU cores. The gradient of so few tokens is noisy, so the
-# learning rate is half as large. Shuffled, because the last steps would only see the last play otherwise.
+# For a text file: these suit a megabyte of text and two CPU cores. In order, 60 steps would see only the first fifth of
+# input.txt, and end within one play.
 TEXT_FILE_SETTINGS = {
     "block_size": 128,
     "total_batch_size": 1024,
     "micro_batch_size": 8,
     "max_steps": 60,
     "warmup_steps": 10,
-    "max_lr": 3e-4,
     "eval_interval": 20,
     "val_tokens": 2048,
     "shuffle": True,
     "hellaswag": "off",
-    "prompt": "",  # the start of a new text
+    "prompt": "\n",
 }
 PATHS = ("data", "log_dir", "init_from", "export", "hellaswag")  # in these flags, ~ is the home folder
 BOOLEANS = {"True": True, "False": False}
@@ -734,7 +733,9 @@ BOOLEANS = {"True": True, "False": False}
 
 def parse_flags(argv):
     """The flags that were given: {name: value}. Raises UserError for a wrong one."""
-    parser = fineweb.Parser(prog="train_gpt2.py", allow_abbrev=False)
+    for_text = ", ".join(f"{name}={value!r}" for name, value in TEXT_FILE_SETTINGS.items())
+    epilog = f"With a text file, the defaults are {for_text}, and half of the model's max_lr."
+    parser = fineweb.Parser(prog="train_gpt2.py", allow_abbrev=False, epilog=epilog)
     for f in fields(Settings):
         choices = f.metadata["choices"]
         options = {"type": f.type, "choices": choices or None, "metavar": f.name.upper()}
@@ -774,7 +775,9 @@ def merge_settings(flags, checkpoint=None, config=None):
         values |= MODELS["gpt2"] | size_of(config)
         values |= MODELS.get(flags.get("init_from", "").removeprefix(OPENAI), {})
         values |= MODELS.get(flags.get("model"), {})
-        values |= TEXT_FILE_SETTINGS if os.path.isfile(values["data"]) else {}
+        if os.path.isfile(values["data"]):
+            values |= TEXT_FILE_SETTINGS
+            values["max_lr"] /= 2  # the gradient of so few tokens is noisy
         if Path(values["data"]).resolve() == fineweb.HERE / "input.txt":
             values["prompt"] = "ROMEO:\n"
     values["log_dir"] = str(fineweb.HERE / "log")  # not the checkpoint's: the folder may have been moved
@@ -928,19 +931,20 @@ def read_pretrained(name_or_folder):
 
 
 def explain_missing(name):
-    """A message about weights that are not there. For a checkpoint (.pt), it says which ones there are."""
+    """A message about weights that are not there."""
     path = Path(name)
     if path.suffix != ".pt":
-        kinds = f"one of {', '.join(MODELS)}, a checkpoint, or a folder of weights"
+        kinds = f"scratch, one of {', '.join(MODELS)}, a checkpoint, or a folder of weights"
         remedy = f"hf download {name} --local-dir=FOLDER makes one, if the hub has it"
         return f"{name} cannot be loaded; it must be {kinds} ({remedy})"
     folder = path.parent
     if not folder.is_dir():
         return f"{name} does not exist, nor does {folder}: name another checkpoint"
-    names = [checkpoint.name for checkpoint in list_checkpoints(folder)]
-    earlier = sorted(str(place) for place in folder.glob("earlier_*"))
-    places = f", earlier runs are in {', '.join(earlier)}" if earlier else ""
-    return f"{name} does not exist; {folder} has {', '.join(names) or 'no checkpoint'}{places}"
+    place = "the current folder" if folder == Path() else folder
+    names = ", ".join(sorted(file.name for file in folder.glob("*.pt")))
+    earlier = ", ".join(sorted(str(run) for run in folder.glob("earlier_*")))
+    places = f", earlier runs are in {earlier}" if earlier else ""
+    return f"{name} does not exist; {place} has {names or 'no checkpoint'}{places}"
 
 
 def find_safetensors(folder):
@@ -1186,8 +1190,8 @@ class Run:
         if checkpoint:
             start_step = restore(checkpoint, optimizer, scaler, settings, self.fingerprint)
         if train_loader.num_processes > 1:
-            num_examples = len(examples)
-            check_ranks_agree({**self.fingerprint, "start_step": start_step, "HellaSwag": num_examples})
+            start = {"start_step": start_step, "HellaSwag": len(examples)}
+            check_ranks_agree({**self.fingerprint, **start})
         if settings.max_steps == 0:
             return start_step
         if train_loader.process_rank == 0:
@@ -1311,16 +1315,11 @@ class Run:
             raise fineweb.UserError(f"{problem}: see the warning")
         if stopped_by > 0:
             name = signal.Signals(stopped_by).name
-            flags = ["--resume"]
-            if self.folder != fineweb.HERE / "log":
-                flags.append(f"--log_dir={short_path(self.folder)}")
             fineweb.print0(f"{name}: stopped after {step} steps")
-            fineweb.print0(f"to continue: {command_line(*flags)}")
+            fineweb.print0(f"to continue: {resuming_command(self.folder)}")
             sys.exit(128 + stopped_by)
         if self.newest != "none":
-            source = f"--init_from={short_path(self.newest)}"
-            command = command_line(source, "--max_steps=0", f"--prompt={self.settings.prompt.strip()}")
-            fineweb.print0(f"to sample from it: {command}")
+            fineweb.print0(f"to sample from it: {sampling_command(self.newest, self.settings)}")
 
     def close(self):
         """Let go of everything, however the run ended: in Jupyter, the process lives on."""
@@ -1331,21 +1330,40 @@ class Run:
         self.lock.release()
 
 
-def command_line(*flags):
-    """What to type, for a message."""
+def resuming_command(log_dir):
+    """What to type to continue a run."""
     _, _, world_size = get_ranks()
     program = "python"
     if world_size > 1:
         program = f"torchrun --standalone --nproc_per_node={world_size}"
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(world_size):
         program = "torchrun ..."  # several nodes: its flags are not known here
-    return f"{program} {shlex.join([short_path(fineweb.HERE / 'train_gpt2.py'), *flags])}"
+    flags = ["--resume"]
+    if log_dir != fineweb.HERE / "log":
+        flags.append(f"--log_dir={short_path(log_dir)}")
+    return f"{program} {shlex.join([short_path(__file__), *flags])}"
+
+
+def sampling_command(checkpoint, settings):
+    """What to type for samples as in the run."""
+    flags = [f"--init_from={short_path(checkpoint)}", "--max_steps=0"]
+    for name in ("device", "dtype"):
+        value = getattr(settings, name)
+        if value != "auto":
+            flags.append(f"--{name}={value}")
+    prompt = shlex.quote(settings.prompt)
+    if "\n" in prompt:  # $'...' is how bash and zsh write a new line
+        escaped = settings.prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        prompt = f"$'{escaped}'"
+    if len(prompt) > 100:
+        prompt = "- < FILE"
+    return f"python {shlex.join([short_path(__file__), *flags])} --prompt={prompt}"
 
 
 def short_path(path):
     """The path as seen from the current folder, if it lies in there."""
     path, current = Path(path).resolve(), Path.cwd()
-    return str(path.relative_to(current)) if path.is_relative_to(current) else str(path)
+    return (path.relative_to(current) if path.is_relative_to(current) else path).as_posix()
 
 
 def due(step, interval, last_step):
@@ -1378,7 +1396,8 @@ def print_start(settings, run, model, train_loader, val_loader, device, dtype, c
     num_params = sum(p.numel() for p in model.parameters())
     num_train, num_val = train_loader.num_tokens, val_loader.num_tokens
     wanted = run.settings.micro_batch_size or B
-    lowered = f" ({wanted} does not divide the step)" if wanted != B else ""
+    num_sequences = B * grad_accum_steps
+    lowered = f" (not {wanted}: a process has {num_sequences} in a step)" if wanted != B else ""
     processes = f"{world_size} process" if world_size == 1 else f"{world_size} processes"
     step = f"{settings.total_batch_size:,} tokens = {processes} x {grad_accum_steps} micro-steps"
     fineweb.print0(f"device: {world_size} x {gpu}, {precision}, {mode}")
@@ -1463,7 +1482,7 @@ def main(argv=None):
     if flags.get("prompt") == "-" and rank == 0:  # the other processes would read parts of it
         if sys.stdin is None:
             problem = "--prompt=- reads standard input, but that is closed"
-            raise fineweb.UserError(f"{problem}: give it a text or a file")
+            raise fineweb.UserError(f"{problem}: use --prompt=TEXT, or --prompt=- < FILE")
         text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
         flags["prompt"] = text.removesuffix("\n")
 
@@ -1474,7 +1493,8 @@ def main(argv=None):
     exports = "export" in flags
     if exports and rank != 0:
         return  # one process is enough
-    if exports and (source == "scratch" or flags["export"] == "" or os.path.exists(flags["export"])):
+    is_new = exports and flags["export"] != "" and not os.path.exists(flags["export"])
+    if exports and (source == "scratch" or not is_new):
         problem = "--export needs weights, from --init_from or --resume, and a new folder's name"
         raise fineweb.UserError(problem, status=2)
     model = None if source == "scratch" else load_model(source)
@@ -1493,6 +1513,8 @@ def main(argv=None):
         torch.manual_seed(settings.seed)  # all ranks start from the same weights
         if model is None:
             model = GPT(make_config(asdict(settings), "the model"))
+        if only_samples and source == "scratch":
+            fineweb.print0("warning: an untrained model: --init_from or --resume loads weights")
         if only_samples and rank == 0:
             device = pick_device(settings.device)
             dtype = pick_dtype(settings.dtype, device)
@@ -1500,10 +1522,11 @@ def main(argv=None):
                 print_samples(model.to(device), settings)
         if only_samples:
             return
-        is_default = "data" not in flags and not checkpoint
-        if is_default and settings.data == str(fineweb.HERE / "input.txt"):
-            reason = "no edu_fineweb10B/ (python fineweb.py makes it)"
-            fineweb.print0(f"{reason}: training on input.txt, with settings for it")
+        if os.path.isfile(settings.data) and not checkpoint:
+            text = f"{settings.data} is a text file"
+            if "data" not in flags:
+                text = "no edu_fineweb10B/ (python fineweb.py makes it): input.txt is used"
+            fineweb.print0(f"{text}, with settings for a small one (see the end of --help)")
         with closing(Run(asked)) as run:
             train(model, settings, run, checkpoint)
 

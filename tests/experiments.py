@@ -36,13 +36,12 @@ BASE = {
     "n_head": 4,
     "n_embd": 256,
     "block_size": 128,
-    "total_batch_size": 2048,
-    "micro_batch_size": 8,
-    "max_steps": 250,
-    "warmup_steps": 25,
-    "max_lr": 2e-3,
-    "eval_interval": 250,
-    "val_tokens": 32768,
+    "total_batch_size": 1024,
+    "micro_batch_size": 4,
+    "max_steps": 120,
+    "warmup_steps": 12,
+    "max_lr": 1.5e-3,
+    "val_tokens": 16384,
     "num_samples": 0,
     "checkpoint_interval": 0,
     "device": "cpu",
@@ -85,14 +84,6 @@ EXPERIMENTS = [
         },
     ),
     experiment(
-        "no-norm",
-        "no layer norm in the blocks",
-        {
-            "x = x + self.attn(self.ln_1(x))": "x = x + self.attn(x)",
-            "x = x + self.mlp(self.ln_2(x))": "x = x + self.mlp(x)",
-        },
-    ),
-    experiment(
         "no-position",
         "no position embedding",
         {"x = tok_emb + pos_emb": "x = tok_emb"},
@@ -106,11 +97,6 @@ EXPERIMENTS = [
         "no-mask",
         "no causal mask: a token sees the one that it must predict",
         {"q, k, v, is_causal=True)": "q, k, v)"},
-    ),
-    experiment(
-        "one-head",
-        "one attention head instead of four",
-        n_head=1,
     ),
     experiment(
         "relu",
@@ -130,9 +116,8 @@ EXPERIMENTS = [
     # The optimizer
     experiment("no-warm-up", "no warm-up", warmup_steps=0),
     experiment("no-clipping", "no clipping of the gradient", grad_clip=0),
-    experiment("constant-lr", "no cosine: the learning rate stays at its peak", min_lr=2e-3),
-    experiment("lr-x3", "three times the learning rate", max_lr=6e-3),
-    experiment("lr-third", "a third of the learning rate", max_lr=2e-3 / 3),
+    experiment("lr-x3", "three times the learning rate", max_lr=4.5e-3),
+    experiment("lr-third", "a third of the learning rate", max_lr=5e-4),
     experiment("no-decay", "no weight decay", weight_decay=0),
     experiment(
         "decay-all",
@@ -151,8 +136,7 @@ EXPERIMENTS = [
         {"loss = loss / grad_accum_steps": "pass"},
         grad_clip=0,
     ),
-    experiment("half-batch", "half the batch, as many steps", total_batch_size=1024),
-    experiment("half-batch-twice", "half the batch, twice the steps", total_batch_size=1024, max_steps=500),
+    experiment("half-batch", "half the batch, as many steps", total_batch_size=512),
     experiment("in-order", "texts in order, not shuffled", shuffle=False),
     experiment("float32", "float32 instead of bfloat16", dtype="float32"),
 ]

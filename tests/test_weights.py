@@ -458,9 +458,9 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path):
     assert f"{missing} does not exist, nor does {folder}" in refused(load_model, missing)
     folder.mkdir()
     assert f"{missing} does not exist; {folder} has no checkpoint" in refused(load_model, missing)
-    for name in ("model_00600.pt", "model_00700.pt", "earlier_1"):
+    for name in ("ckpt.pt", "model_00700.pt", "earlier_1"):
         (folder / name).mkdir()
-    names = f"{folder} has model_00600.pt, model_00700.pt, earlier runs are in {folder / 'earlier_1'}"
+    names = f"{folder} has ckpt.pt, model_00700.pt, earlier runs are in {folder / 'earlier_1'}"
     assert f"{missing} does not exist; {names}" in refused(load_model, missing)
 
 
