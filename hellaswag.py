@@ -110,7 +110,7 @@ def attention_for_varying_lengths():
 
 
 @torch.no_grad()
-def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=128, progress=False):
+def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=64, progress=False):
     """The loss of each ending, summed over its tokens, in nats: (len(examples), 4).
 
     Each rank computes every world_size-th batch, then they exchange their losses."""
