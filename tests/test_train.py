@@ -535,7 +535,7 @@ def test_max_steps_0_evaluates_and_samples_and_writes_nothing(train, tmp_path):
     checkpoint = tmp_path / "log" / "model_00002.pt"
     out = train(f"--init_from={checkpoint}", "--max_steps=0", "--num_samples=3")
     assert f"validation loss: {losses(tmp_path / 'log', 'val')[-1][1]}" in out
-    assert [line[:37] for line in out.splitlines() if line.startswith("sample")] == [
+    assert [line[:37] for line in out.splitlines() if line.startswith("sample ")] == [
         f"sample {i}: Hello, I'm a language model" for i in range(3)
     ]
     assert [(path, path.stat().st_mtime_ns) for path in files_in(tmp_path / "log")] == before
@@ -564,7 +564,8 @@ def test_sampling_alone_is_in_the_precision_of_the_run(train, monkeypatch):
     for dtype in (torch.bfloat16, torch.float32):
         seen.clear()
         train("--resume", "--max_steps=0", "--prompt=A", f"--dtype={str(dtype)[6:]}")
-        assert set(seen) == {dtype}
+        assert (torch.bfloat16 in seen) == (dtype == torch.bfloat16)
+        assert torch.float32 in seen  # the head's scores, always
 
 
 def watch(forward, seen):
@@ -601,11 +602,14 @@ def test_a_run_says_when_it_samples_and_how_to_sample_again(train, tmp_path, mon
     assert (program, Path(script)) == ("python", ROOT / "train_gpt2.py")
     own = ["--device=cpu", "--dtype=float32", "--prompt=O Romeo"]
     assert flags == ["--init_from=log/model_00002.pt", "--max_steps=0", *own]
-    assert out.split("samples after 2 steps:\n")[1].startswith(train(*flags, "--num_samples=1"))
+    again = train(*flags).splitlines()[1:]
+    assert len(again) == 2
+    assert out.split("samples after 2 steps:\n")[1].splitlines()[:2] == again
 
 
 @pytest.mark.parametrize("prompt", ["ROMEO:\n", "\n", "It's $5\\ or `no`", "a \"b\"\n'c'\\n"])
-def test_the_command_for_samples_has_the_very_prompt(prompt):
+def test_the_command_for_samples_has_the_very_prompt(tmp_path, monkeypatch, prompt):
+    monkeypatch.chdir(tmp_path)
     command = train_gpt2.sampling_command(ROOT / "model_1.pt", replace(Settings(), prompt=prompt))
     words = command.replace("python ", "printf '%s|' ", 1)
     out = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, encoding="utf-8").stdout
@@ -719,7 +723,7 @@ def test_a_micro_batch_that_does_not_divide_the_step_is_lowered_and_the_step_is_
     out = train(f"--micro_batch_size={given}", "--max_steps=1", f"--log_dir={tmp_path / 'given'}")
     size = f"{used} sequences (B) (not {given}: a process has 8 in a step) x 16 tokens (T)"
     assert f"step: 128 tokens = 1 process x {8 // used} micro-steps x {size}\n" in out
-    assert "(not " not in train(f"--micro_batch_size={used}", "--max_steps=1")
+    assert "a process has" not in train(f"--micro_batch_size={used}", "--max_steps=1")
     assert (tmp_path / "given" / "log.txt").read_bytes() == (tmp_path / "log" / "log.txt").read_bytes()
 
 
@@ -745,7 +749,7 @@ def test_the_final_learning_rate_follows_a_new_peak_on_resume(train, tmp_path, f
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--device=gpu"], "--device=gpu is not available"),
         (["--device=meta"], "--device=meta is not available"),
-        (["--init_from=gpt5"], "gpt5 cannot be loaded; it must be one of gpt2, "),
+        (["--init_from=gpt5"], "gpt5 cannot be loaded; it must be scratch, one of gpt2, "),
         (["--init_from=distilgpt2"], "hf download distilgpt2 --local-dir=FOLDER makes one"),
         (["--data=nowhere"], "--data=.*nowhere must be a text file, or a folder that has .*_train_NNNNNN.npy"),
         (["--log_dir=/dev/null/log"], "--log_dir=/dev/null/log cannot be written"),
