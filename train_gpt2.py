@@ -31,7 +31,7 @@ What is learned is the model's parameters, or weights:
 What that costs, in multiplications and additions per token:
 
     6 * 124.5 million          each weight: 2 in the forward pass, 4 in the backward pass (gradients of weight, input)
-    12 blocks * 12 * T * C     attention (section 1): q @ k and weights @ v, 2 * T * C each, and 4 in the backward pass
+    12 blocks * 12 * T * C     attention (section 1): q @ k and att @ v, 2 * T * C each forward, 4 * T * C backward
     0.86 billion (GFLOP)       in all; 451 trillion in a step of half a million tokens, 8.6e18 in 19,073 steps
 
 In the lecture, an A100 GPU at first takes 1000 ms for 16 thousand tokens. One trick after another, all explained below,
@@ -99,8 +99,8 @@ class CausalSelfAttention(nn.Module):
     pass on?). Its output is a weighted average of the values of itself and of the tokens before it ("causal": later
     ones are what it must predict). The better its query matches a token's key, the more weight that token's value gets.
 
-    One average mixes everything together. So several heads do this side by side, each with short queries, keys and
-    values of its own (768 / 12 = 64 numbers): one can look for the subject while another looks at the previous word."""
+    One average can look for one thing only. So several heads do this side by side, each with short queries, keys and
+    values of its own (768 / 12 = 64 numbers): one can look for a verb's subject, another at the previous word."""
 
     def __init__(self, config):
         super().__init__()
@@ -113,21 +113,21 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.size()
         head_size = C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # Cut them into heads, a dimension beside B: matrix products use the last two, so each head works on its own.
+        # Cut them into heads. Matrix products use the last two dimensions, so the heads become one beside B.
         q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         # Written out, attention is four lines:
         #     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T): dot products; large: a match
         #     scores = scores.masked_fill(is_later, -math.inf)         # is_later (T, T): True for later tokens
-        #     weights = F.softmax(scores, dim=-1)                      # (B, n_head, T, T): each row sums to 1
-        #     y = weights @ v                                          # (B, n_head, T, head_size): the averages
+        #     att = F.softmax(scores, dim=-1)                          # (B, n_head, T, T): each row sums to 1
+        #     y = att @ v                                              # (B, n_head, T, head_size): the averages
         # softmax turns a row of scores into weights: exp(score), 0 for -inf, divided by the sum over the row. Why the
         # square root? The dot product of two vectors of 64 random numbers (of mean 0, standard deviation 1) has a
         # standard deviation of sqrt(64) = 8; divided by that, of 1. With scores 8 times further apart, one token would
         # get nearly all the weight: small changes of the scores would change nothing, so there would be no gradient.
         # FlashAttention (Dao et al. 2022) computes the same, but never stores a (T, T) matrix in the GPU's main memory.
-        # It computes the scores tile by tile in small, fast memory on the chip, updating softmax's sums as it goes. The
+        # It computes the scores tile by tile in small, fast memory on the chip, and divides by softmax's sum last. The
         # backward pass computes them again: more work, but less time than moving the matrix (lecture: 130 to 96 ms).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # all four lines: (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -240,11 +240,11 @@ class GPT(nn.Module):
         # it, larger the less likely the model thought it. A natural logarithm measures it in nats. It is averaged over
         # all B*T positions, and because no position sees the tokens after it, one forward pass is B*T exercises at
         # once. exp(loss), the perplexity, is the number of equally likely tokens that would be as hard to guess: 50,304
-        # if the model knows nothing (a loss of 10.8; your first: up to 11.0), about 22 after training (3.07).
+        # if the model knows nothing (a loss of 10.8; at first up to 11, not quite uniform), 22 after training (3.07).
         if x.device.type == "cpu":
-            return None, loss_in_chunks(self.lm_head, x, targets)  # the three lines below, in parts: faster on a CPU
+            return None, loss_in_chunks(self.lm_head, x, targets)  # the three lines below, in parts (section 13)
         logits = self.lm_head(x)  # (B, T, vocab_size): 6.6 GB in bfloat16 for 64 x 1024 tokens
-        logits = logits.float()  # softmax and loss in float32: in bfloat16 (section 7), losses near 3 are 1/64 apart
+        logits = logits.float()  # in float32: bfloat16 (section 7) has no number between 3 and 3 + 1/64
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return None, loss  # no logits: as long as a caller held them, they would take up memory
 
@@ -282,7 +282,7 @@ class GPT(nn.Module):
             # All tokens are computed again each time. Caching keys and values would be faster, but takes more code.
             context = idx[:, -self.config.block_size :]  # as much as the model can look at
             x = self.hidden(context)[:, -1]  # (B, C): only the last position predicts something new
-            with torch.autocast(x.device.type, enabled=False):  # in bfloat16 (section 7), many scores would be equal
+            with torch.autocast(x.device.type, enabled=False):  # float32: bfloat16 (section 7) makes scores equal
                 logits = self.lm_head(x.float())[:, :GPT2_VOCAB_SIZE]  # (B, 50257): the rest is padding (section 8)
             logits = logits / max(temperature, 1e-10)  # differences between logits grow as the temperature falls
             k = min(top_k or GPT2_VOCAB_SIZE, logits.size(1))
@@ -355,14 +355,14 @@ class DataLoaderLite:
     in the data by the step, even on another number of GPUs. (torch's DataLoader is for data that take long to load.)
 
     shuffle: take the windows in random order, a new one in every epoch (one pass over the data). For shards, off by
-    default, as in the lecture, to compare losses with its published run. But where similar pages lie together, the loss
-    rises and falls with them: in input.txt, from one play to the next. So for a text file, it is on by default."""
+    default, to compare losses with the lecture's published run. For a text file, on: in order, the loss would rise and
+    fall with the text, in input.txt from one play to the next."""
 
     def __init__(self, B, T, process_rank, num_processes, split, data_root, shuffle=False, seed=1337):
         self.B, self.T = B, T
         self.process_rank, self.num_processes = process_rank, num_processes
         self.split, self.shuffle, self.seed = split, shuffle, seed
-        self.batch_index = 0  # k of the next batch; set it to jump there
+        self.batch_index = 0  # how many batches this process has had; set it to jump
         self.shards = fineweb.find_shards(data_root, split)
         self.shard_lengths = [len(fineweb.open_tokens(path, split)) for path in self.shards]
         self.shard_starts = np.cumsum([0, *self.shard_lengths])  # where in the stream each shard starts
@@ -425,7 +425,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
 
     They are always the same tokens, so that losses can be compared. The processes share the batches, and each batch
     counts by its number of tokens. So batch size and number of GPUs make no difference but rounding."""
-    val_tokens = min(val_tokens, loader.num_tokens - 1)  # the last token has no target
+    val_tokens = min(val_tokens, loader.num_tokens - 1)  # the last token's target would be the first one again
     batch_tokens = loader.B * loader.T
     val_loss = torch.zeros((), device=device)
     loader.batch_index = 0
@@ -482,7 +482,7 @@ def pick_device(name, local_rank=0, world_size=1):
     if name == "auto":
         name = devices[0]
     if name == "cuda" or (name.startswith("cuda:") and world_size > 1):
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{local_rank}"  # each process has its own
     if name not in devices:
         problem = f"--device={name} is not available, only {', '.join(devices)}"
         raise fineweb.UserError(f"{problem}: change it or --nproc_per_node")
@@ -518,8 +518,8 @@ def pick_dtype(name, device):
 # Each is a flag, too: --max_steps=50. The defaults are the recipe for GPT-2 (124M) on ten billion tokens: 19,073 steps
 # of 2^19 tokens each. (The more tokens in a step, the less noisy its gradient.) GPT-2's paper leaves out most of it, so
 # batch size, learning rate and warm-up (715 steps, 375 million tokens) are those of GPT-3's model of this size (Brown
-# et al. 2020, table 2.1 and appendix B). Which value counts? The flag's; without a flag, on resume the checkpoint's (a
-# saved run's); else, for None or with a text file, one that suits the model or the text (see [ ]); else the default.
+# et al. 2020, table 2.1 and appendix B). Which value counts? The first of: the flag's; on resume, the saved run's;
+# with a text file, one that suits it (the end of --help lists them); for None, what [ ] says; the default.
 
 
 def setting(default, help, choices=(), minimum=0):  # a field, and what --help and the checks need to know of it
@@ -576,8 +576,8 @@ class Settings:
 
 
 def train(raw_model, settings, run, checkpoint=None):
-    """Train the model that main has made (max_steps=0: evaluate it). run writes log.txt and checkpoints (section 12).
-    What else is not defined above is in Part II, too: due (is it time?), check_... (stop if all is not well), ..."""
+    """Train raw_model, the GPT that main has made (max_steps=0: evaluate). run (section 12): log, checkpoints, signals.
+    What else is not defined above is in Part II, too: due (is it time?), check_... (stop if it is wrong), and so on."""
     rank, local_rank, world_size = get_ranks()
     ddp = world_size > 1
     master_process = rank == 0  # this one prints, logs and saves
@@ -670,7 +670,7 @@ def train(raw_model, settings, run, checkpoint=None):
 
         # Clipping: a huge gradient, of unusual texts, would dominate AdamW's averages for many steps. Limit its norm.
         scaler.unscale_(optimizer)  # float16: first divide by the factor
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: measure it
 
         # The mean loss over all ranks. If one rank got a signal to stop, all stop: else they would wait for it forever.
         stop_signal = torch.full((), run.stop_signal, device=device)  # 0: none
@@ -689,7 +689,7 @@ def train(raw_model, settings, run, checkpoint=None):
         scaler.step(optimizer)  # optimizer.step(), unless a float16 gradient has overflowed
         scaler.update()
 
-        # The GPU may still be busy with scaler.step(): what is left of it counts in the time of the next step.
+        # The GPU may still be busy with scaler.step(): what is left of it counts in the time of what follows.
         dt = time.perf_counter() - t0
         tok_s, minutes = settings.total_batch_size / dt, dt * (settings.max_steps - step - 1) / 60
         message = f"step {step:5d} | loss {train_loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | dt {1000 * dt:.2f}ms"
