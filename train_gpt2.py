@@ -39,7 +39,7 @@ cuts that: TF32 to 333, bfloat16 to 300, torch.compile to 130, FlashAttention to
 That is 157 trillion operations a second, half of the most that this GPU can do.
 
 The file imports its two neighbors: fineweb.py (tokenizer, files of tokens) and hellaswag.py (an evaluation). Read it
-from top to bottom. Part I is the lesson (does it matter? tests/experiments.md measures it), Part II is housekeeping.
+from top to bottom. Part I is the lesson (does it matter? tests/experiments.py measures it), Part II is housekeeping.
 
     Part I    1 the model, 2 OpenAI's weights, 3 sampling, 4 optimizer and learning rate, 5 data, 6 evaluation,
               7 processes, devices, precision, 8 settings, 9 the training loop

@@ -6,8 +6,8 @@ Does it matter? Leave out one thing that train_gpt2.py does, train, and see what
     python tests/experiments.py --list               # what there is
 
 Each experiment changes a line of train_gpt2.py, or a flag, and nothing else. It trains a small model on input.txt, for
-one to two minutes on one core. Each run is a process of its own, and as many run at once as there are cores. Finished
-runs are kept in --folder: after an interruption, the same command continues. It ends with the table of experiments.md.
+two minutes on one core. Each run is a process of its own, and as many run at once as there are cores. Finished runs are
+kept in --folder: after an interruption, the same command continues. It ends with a table in Markdown.
 """
 
 import argparse
@@ -36,10 +36,10 @@ BASE = {
     "n_head": 4,
     "n_embd": 256,
     "block_size": 128,
-    "total_batch_size": 1024,
-    "micro_batch_size": 4,
-    "max_steps": 100,
-    "warmup_steps": 10,
+    "total_batch_size": 512,
+    "micro_batch_size": 2,
+    "max_steps": 300,
+    "warmup_steps": 30,
     "max_lr": 1.5e-3,
     "val_tokens": 16384,
     "num_samples": 0,
@@ -136,7 +136,7 @@ EXPERIMENTS = [
         {"loss = loss / grad_accum_steps": "pass"},
         grad_clip=0,
     ),
-    experiment("half-batch", "half the batch, as many steps", total_batch_size=512),
+    experiment("half-batch", "half the batch, as many steps", total_batch_size=256),
     experiment("in-order", "texts in order, not shuffled", shuffle=False),
     experiment("float32", "float32 instead of bfloat16", dtype="float32"),
 ]
@@ -199,7 +199,7 @@ def read_figures(output):
 
 
 def table(results):
-    """The table of experiments.md. results: {Experiment.name: the figures of its runs}."""
+    """A table in Markdown. results: {Experiment.name: the figures of its runs}."""
     rows = [
         "| what is changed | validation loss | difference (lowest, highest) | training loss | norm | time of a step |",
         "|---|---|---|---|---|---|",
