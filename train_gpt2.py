@@ -642,7 +642,7 @@ def train(raw_model, settings, run, checkpoint=None):
 
         # Once in a while: samples
         if evaluate_now and master_process and settings.num_samples > 0:
-            fineweb.print0(f"samples after {step} steps:" if step > 0 else "samples before training:")
+            fineweb.print0(f"samples after {step} steps:" if step > 0 else "samples before the first step:")
             with autocast:
                 print_samples(raw_model, settings)
 
@@ -1083,7 +1083,8 @@ def shapes_in(state):
 def restore(checkpoint, optimizer, scaler, settings, fingerprint):
     """Restore all but the weights, then let go of the checkpoint. Returns the number of steps that are done.
     Raises UserError if it does not fit this run."""
-    check_same(fingerprint, checkpoint["data"], "in the checkpoint")
+    remedy = "they must be the same (a new run can start from its weights, with --init_from)"
+    check_same(fingerprint, checkpoint["data"], "in the checkpoint", remedy)
     problem = "the checkpoint cannot be resumed"
     step, rng = checkpoint["step"], checkpoint["rng"]
     if not 0 <= step <= settings.max_steps:
@@ -1149,13 +1150,13 @@ def make_fingerprint(settings, train_loader, val_loader):
     return fingerprint
 
 
-def check_same(values, expected, place):
+def check_same(values, expected, place, remedy="they must be the same"):
     """Raise UserError unless two dicts are equal. place: where the expected values are."""
     for name in sorted(values.keys() | expected.keys()):
         value, other = values.get(name), expected.get(name)
         if value != other:
             problem = f"{name} is {value}, but {other} {place}"
-            raise fineweb.UserError(f"{problem}: they must be the same")
+            raise fineweb.UserError(f"{problem}: {remedy}")
 
 
 def check_ranks_agree(values):
@@ -1256,6 +1257,9 @@ class Run:
         fineweb.print0(f"{place} (delete it if you do not need it)")
 
     def on_signal(self, number, frame):
+        if self.stop_signal == 0 and self.log is not None:
+            with suppress(OSError):  # not print(): it may be what was interrupted
+                os.write(1, f"{signal.Signals(number).name}: stopping after this step\n".encode())
         self.stop_signal = self.stop_signal or number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C ends the run at once
 
@@ -1395,6 +1399,7 @@ def print_start(settings, run, model, train_loader, val_loader, device, dtype, c
     mode = "compiled" if compiled else "eager (not compiled)"
     num_params = sum(p.numel() for p in model.parameters())
     num_train, num_val = train_loader.num_tokens, val_loader.num_tokens
+    num_used = min(settings.val_tokens, num_val)
     wanted = run.settings.micro_batch_size or B
     num_sequences = B * grad_accum_steps
     lowered = f" (not {wanted}: a process has {num_sequences} in a step)" if wanted != B else ""
@@ -1402,7 +1407,8 @@ def print_start(settings, run, model, train_loader, val_loader, device, dtype, c
     step = f"{settings.total_batch_size:,} tokens = {processes} x {grad_accum_steps} micro-steps"
     fineweb.print0(f"device: {world_size} x {gpu}, {precision}, {mode}")
     fineweb.print0(f"model: {num_params:,} parameters, {model.config}")
-    fineweb.print0(f"data: {num_train:,} tokens, validation {num_val:,}, from {settings.data}")
+    fineweb.print0(f"data: {num_train:,} tokens, from {settings.data}")
+    fineweb.print0(f"validation: the first {num_used:,} of {num_val:,} tokens")
     fineweb.print0(f"step: {step} x {B} sequences (B){lowered} x {T} tokens (T)")
     if start_step > 0:
         fineweb.print0(f"resumed: {start_step} of {settings.max_steps} steps are done")
@@ -1493,12 +1499,16 @@ def main(argv=None):
     exports = "export" in flags
     if exports and rank != 0:
         return  # one process is enough
-    is_new = exports and flags["export"] != "" and not os.path.exists(flags["export"])
-    if exports and (source == "scratch" or not is_new):
-        problem = "--export needs weights, from --init_from or --resume, and a new folder's name"
-        raise fineweb.UserError(problem, status=2)
+    if exports and source == "scratch":
+        raise fineweb.UserError("--export needs weights: add --init_from or --resume", status=2)
+    if exports and (flags["export"] == "" or os.path.exists(flags["export"])):
+        problem = f"--export={flags['export']} must name a new folder"
+        raise fineweb.UserError(f"{problem}: choose another, or delete it", status=2)
     model = None if source == "scratch" else load_model(source)
     asked = merge_settings(flags, checkpoint, model.config if model else None)
+    if checkpoint and not os.path.exists(asked.data):
+        problem = f"the data of this run, {asked.data}, does not exist"
+        raise fineweb.UserError(f"{problem}: name its place with --data")
     if exports:
         save_pretrained(model, asked.export)
         fineweb.print0(f"exported: {asked.export}")

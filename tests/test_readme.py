@@ -55,7 +55,7 @@ def script_and_flags(command):
 def test_every_command_parses(command):
     script, flags = script_and_flags(command)
     if script is None:
-        assert re.search("pytest|tests/benchmark.py|^python3 -m venv", command)
+        assert re.search("pytest|tests/(benchmark|experiments).py|^python3 -m venv", command)
     elif SCRIPTS[script] and "--help" not in flags:
         SCRIPTS[script].parse_flags(flags)
 

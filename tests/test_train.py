@@ -297,7 +297,8 @@ def test_export_writes_weights_and_nothing_else(train, tmp_path):
         ["--resume", "--export="],
         [f"--export={tmp_path / 'new'}"],  # without weights
     ):
-        with pytest.raises(UserError, match="--export needs weights.* and a new folder's name") as error:
+        message = "--export needs weights" if "--resume" not in flags else "--export=.* must name a new folder"
+        with pytest.raises(UserError, match=message) as error:
             train(*flags)
         assert error.value.status == 2
     assert not (tmp_path / "new").exists()
@@ -449,6 +450,20 @@ def test_going_on_after_the_last_step_keeps_its_evaluation(train, tmp_path):
     ]
 
 
+def test_resume_where_the_data_has_moved_names_the_flag(train, tmp_path, shards):
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    train(f"--data={data}", "--max_steps=2")
+    data.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"the data of this run, {data}, does not exist: name its place with --data"):
+        train_gpt2.main(["--resume", f"--log_dir={tmp_path / 'log'}", "--max_steps=3"])
+    train_gpt2.main(["--resume", f"--log_dir={tmp_path / 'log'}", "--max_steps=3", f"--data={tmp_path / 'moved'}"])
+
+
+def test_the_start_says_how_many_validation_tokens_count(train):
+    assert "\nvalidation: the first 200 of 251 tokens\n" in train("--max_steps=1")
+
+
 def test_resume_on_two_processes(train, tmp_path, shards):
     train(f"--log_dir={tmp_path / 'whole'}")
     train()
@@ -595,7 +610,7 @@ def test_the_prompt_suits_the_text(tmp_path, monkeypatch, name, prompt):
 def test_a_run_says_when_it_samples_and_how_to_sample_again(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = train("--prompt=O Romeo", "--max_steps=2")
-    assert "\nsamples before training:\nsample 0: O Romeo" in out
+    assert "\nsamples before the first step:\nsample 0: O Romeo" in out
     assert "\nsamples after 2 steps:\nsample 0: O Romeo" in out
     command = out.splitlines()[-1].removeprefix("to sample from it: ")
     program, script, *flags = shlex.split(command)
