@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import fineweb
@@ -60,6 +61,16 @@ def test_every_command_parses(command):
         SCRIPTS[script].parse_flags(flags)
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny steps with several threads take seconds on a busy machine: the threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_commands_do_what_they_say(tmp_path, monkeypatch, capsys):
     """All of them in the README's order, in one folder, as a reader would; downloads aside, and with a small model."""
     monkeypatch.chdir(tmp_path)
