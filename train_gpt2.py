@@ -1506,15 +1506,15 @@ def main(argv=None):
         raise fineweb.UserError(f"{problem}: choose another, or delete it", status=2)
     model = None if source == "scratch" else load_model(source)
     asked = merge_settings(flags, checkpoint, model.config if model else None)
-    if checkpoint and not os.path.exists(asked.data):
-        problem = f"the data of this run, {asked.data}, does not exist"
-        raise fineweb.UserError(f"{problem}: name its place with --data")
     if exports:
         save_pretrained(model, asked.export)
         fineweb.print0(f"exported: {asked.export}")
         return
 
     only_samples = "prompt" in flags and asked.max_steps == 0 and asked.num_samples > 0
+    if checkpoint and not only_samples and not os.path.exists(asked.data):
+        problem = f"the data of this run, {asked.data}, does not exist"
+        raise fineweb.UserError(f"{problem}: name its place with --data")
     settings = asked if only_samples else complete_settings(asked, world_size)
     smaller = (settings.micro_batch_size or 1) // 2
     remedy = f"--micro_batch_size={smaller}" if smaller else "a smaller --block_size or --model"
