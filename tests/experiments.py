@@ -25,6 +25,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import fineweb
+
 SEEDS = (1337, 1338, 1339)
 
 # The model and the data of all experiments. A step has two micro-steps, and there are more validation tokens than by
@@ -173,11 +177,10 @@ def run(experiment, seed, results):
             command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False
         )
     figures = read_figures(process.stdout)
-    if "val" not in figures:
-        figures = {"failed": (process.stderr.strip().splitlines() or ["no output"])[-1]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures), encoding="utf-8")
-    temporary.replace(path)
+    if "val" not in figures:  # not kept: the next time, it may be another reason or none
+        return {"failed": (process.stderr.strip().splitlines() or ["no output"])[-1]}
+    content = json.dumps(figures)
+    fineweb.replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
     return figures
 
 
@@ -205,6 +208,8 @@ def table(results):
         "|---|---|---|---|---|---|",
     ]
     base = results["as-it-is"]
+    if any("failed" in figures for figures in base):
+        return f"the script as it is failed, so there is nothing to compare with: {base}"
     for experiment in EXPERIMENTS:
         runs = results.get(experiment.name, [])
         failed = [figures["failed"] for figures in runs if "failed" in figures]
@@ -248,11 +253,14 @@ def main():
         edited_source(experiment.edits)  # an edit that does not fit shows before hours of training, not after them
     options.folder.mkdir(parents=True, exist_ok=True)
     jobs = [(experiment, seed) for experiment in chosen for seed in SEEDS]
+    results = {}
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = [pool.submit(run, experiment, seed, options.folder) for experiment, seed in jobs]
-        results = {}
-        for (experiment, _), future in zip(jobs, tqdm(futures, unit="run"), strict=True):
-            results.setdefault(experiment.name, []).append(future.result())
+        try:
+            for (experiment, _), future in zip(jobs, tqdm(futures, unit="run"), strict=True):
+                results.setdefault(experiment.name, []).append(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, start no more
     print(table(results))
 
 

@@ -61,3 +61,12 @@ def test_a_run_and_the_table(tmp_path, monkeypatch):
     assert lines[2].startswith("| nothing: the script as it is | 10.")
     results["untied"][0] = {"failed": "out of memory"}
     assert "| out of memory |" in experiments.table(results)
+    results["as-it-is"][0] = {"failed": "out of memory"}
+    assert "nothing to compare with" in experiments.table(results)
+
+
+def test_a_run_that_failed_is_not_kept(tmp_path, monkeypatch):
+    broken = experiments.experiment("broken", "a mistake", {"x = tok_emb + pos_emb": "x = tok_emb + no_such_name"})
+    monkeypatch.setattr(experiments, "BASE", {**experiments.BASE, "n_layer": 1, "n_embd": 8, "max_steps": 1})
+    assert "no_such_name" in experiments.run(broken, 1, tmp_path)["failed"]
+    assert list(tmp_path.iterdir()) == []
