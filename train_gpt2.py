@@ -697,6 +697,7 @@ def train(raw_model, settings, run, checkpoint=None):
 
     if ddp:
         dist.barrier()  # the others wait while the master process saves
+        del model  # DDP uses the process group, so it goes first
         dist.destroy_process_group()
     run.finish(step, stopped_by)
 
@@ -1418,6 +1419,10 @@ def print_start(settings, run, model, train_loader, val_loader, device, dtype, c
 
 def connect_processes(device):
     """Let the processes find each other. NCCL sends tensors from GPU to GPU, gloo from CPU to CPU."""
+    # DDP and torch.compile load this module, and it keeps the process group that it finds. Loaded now, it finds none:
+    # a group that is kept has threads that outlive destroy_process_group() and, rarely, abort Python as it exits.
+    import torch.distributed.nn  # noqa: F401
+
     timeout = timedelta(minutes=30)  # the others wait while rank 0 writes a checkpoint, and drives can be slow
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device, timeout=timeout)

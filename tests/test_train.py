@@ -88,6 +88,35 @@ def test_two_processes_train_like_one(tmp_path, shards):
         assert count == (4 if start in ("validation loss", "sample 0: ") else 1), start
 
 
+THREADS = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+
+
+class Run(train_gpt2.Run):
+    def finish(self, *args):  # comes right after destroy_process_group()
+        threads = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
+        if "gloo" in "".join(threads):
+            sys.exit(f"left: {{threads}}")
+        super().finish(*args)
+
+
+train_gpt2.Run = Run
+sys.argv[0] = "train_gpt2.py"
+train_gpt2.main()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="lists its threads as Linux does")
+def test_no_thread_of_the_process_group_is_left(tmp_path, shards):
+    # A thread that lets go of a tensor while Python exits aborts it ("terminate called without an active exception").
+    (tmp_path / "threads.py").write_text(THREADS.format(root=str(ROOT)), encoding="utf-8")
+    flags = [*TINY, "--max_steps=2", f"--data={shards}", f"--log_dir={tmp_path / 'log'}"]
+    run = run_script(*flags, nproc=2, root=tmp_path, script="threads.py")
+    assert run.returncode == 0, run.stderr
+
+
 # Rank 1 has other flags than rank 0, or other shards in a folder of the same name, as on another node.
 UNEQUAL = """
 import os, sys
