@@ -52,6 +52,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import tiktoken.load
+from filelock import FileLock, Timeout
 from huggingface_hub import HfFileSystem, hf_hub_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HTTPError
@@ -187,6 +188,28 @@ def sync_folder(path):
             raise
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def folder_locked(folder, flag):
+    """Make a folder, and let no other process write to it while this block runs. flag: the one that names the folder.
+    Raises UserError if another process has locked it, OSError if it cannot be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        problem = f"another run is writing to {folder}"
+        raise UserError(f"{problem}: use another --{flag}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        problem = f"{folder} cannot be locked ({error.strerror})"
+        print0(f"warning: {problem}: start no other run there")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1033,24 +1056,29 @@ def fetch_shards(count, out):
     """Download the validation shard and the first `count` for training, unless they are there. Raises UserError."""
     if any(out.glob("*.npy")):
         raise UserError(f"{out} has shards of another kind (.npy): name another --out")
-    for i in range(count + 1):
-        name = f"finewebedu_{'train' if i else 'val'}_{i:06d}.bin"
-        if (out / name).exists():
-            continue
-        problem = f"{name} could not be downloaded from {PRETOKENIZED} (run it again to continue)"
-        with downloads_reported_as(problem):
-            file = hf_hub_download(
-                PRETOKENIZED,
-                name,
-                repo_type="dataset",
-                local_dir=out / ".download",
-            )
-            if not is_good_bin(Path(file)):
-                os.unlink(file)
-                raise ValueError("the file is damaged")
-            os.rename(file, out / name)
+    with reported_as(f"{out} cannot be written"), folder_locked(out, "out"):
+        for i in range(count + 1):
+            fetch_shard(f"finewebedu_{'train' if i else 'val'}_{i:06d}.bin", out)
     verify_pretokenized(pretokenized_shards(out))
     print(f"{out}: the validation shard and {count} training shards")
+
+
+def fetch_shard(name, out):
+    """Download one shard, unless it is there."""
+    if (out / name).exists():
+        return
+    problem = f"{name} could not be downloaded from {PRETOKENIZED} (run it again to continue)"
+    with downloads_reported_as(problem):
+        file = hf_hub_download(
+            PRETOKENIZED,
+            name,
+            repo_type="dataset",
+            local_dir=out / ".download",
+        )
+        if not is_good_bin(Path(file)):
+            os.unlink(file)
+            raise ValueError("the file is damaged")
+        os.rename(file, out / name)
 
 
 def pretokenized_shards(out):
@@ -1151,9 +1179,9 @@ def main(argv=None):
         if not options.verify:
             check_files(index, options)
         if not index["complete"] and not options.verify:
-            options.out.mkdir(parents=True, exist_ok=True)
-            write_index(options.out, index)
-            write_shards(index, options)
+            with folder_locked(options.out, "out"):
+                write_index(options.out, index)
+                write_shards(index, options)
     except OSError as error:
         problem = f"{options.out} cannot be written ({error.strerror})"
         raise UserError(f"{problem}: fix that, then run it again") from error

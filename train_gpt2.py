@@ -47,7 +47,6 @@ from top to bottom. Part I is the lesson (does it matter? tests/experiments.py m
 """
 
 import ctypes
-import errno
 import json
 import math
 import os
@@ -57,7 +56,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -67,7 +66,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import nn
 
 import fineweb
@@ -1176,7 +1174,7 @@ class Run:
     def __init__(self, settings):
         self.settings = settings  # as merge_settings made them: what is None will be chosen again on resume
         self.folder = Path(settings.log_dir)
-        self.lock = FileLock(self.folder / ".lock", is_singleton=True)
+        self.lock = ExitStack()  # while the run writes to its folder, no other one does
         self.log = None  # the file log.txt: only the master process has it, and only if it trains
         self.newest = "none"  # the newest checkpoint, for messages
         self.fingerprint = {}  # what must be the same on resume
@@ -1198,8 +1196,7 @@ class Run:
             return start_step
         if train_loader.process_rank == 0:
             with fineweb.reported_as(f"--log_dir={self.folder} cannot be written"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.take_lock()
+                self.lock.enter_context(fineweb.folder_locked(self.folder, "log_dir"))
                 self.log = self.open_log(start_step)  # once: on a network drive, this takes milliseconds
         self.newest = next(reversed(list_checkpoints(self.folder)), "none")
         for name in {"SIGTERM", "SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
@@ -1208,18 +1205,6 @@ class Run:
                 self.handlers[number] = signal.signal(number, self.on_signal)
         fineweb.print0("Ctrl-C: finish the step, save a checkpoint and exit. Twice: exit at once")
         return start_step
-
-    def take_lock(self):
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            problem = f"another run is writing to {self.folder}"
-            raise fineweb.UserError(f"{problem}: use another --log_dir") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-            problem = f"{self.folder} cannot be locked ({error.strerror})"
-            fineweb.print0(f"warning: {problem}: start no other run there")
 
     def open_log(self, start_step):
         path = self.folder / "log.txt"
@@ -1332,7 +1317,7 @@ class Run:
             signal.signal(number, handler)
         if self.log is not None:
             self.log.close()
-        self.lock.release()
+        self.lock.close()
 
 
 def resuming_command(log_dir):

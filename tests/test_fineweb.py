@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import ROOT, TINY, edit_json, run_script, write_bin
+from conftest import ROOT, TINY, edit_json, names_in, run_script, write_bin
 from pyarrow import parquet
 
 import fineweb
@@ -119,6 +119,15 @@ def start(hub, out, *flags, limit=None):
     limits = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     return subprocess.Popen([*command, *flags], start_new_session=True, preexec_fn=limits, **pipes)  # noqa: PLW1509
+
+
+@pytest.mark.parametrize("flags", [[], ["--pretokenized=1"]])
+def test_a_folder_that_another_process_writes_to_is_refused(hub, tmp_path, flags):
+    with fineweb.folder_locked(tmp_path, "out"):
+        process = start(hub, tmp_path, *flags)
+        assert process.communicate() == ("", f"fineweb.py: another run is writing to {tmp_path}: use another --out\n")
+    assert process.returncode == 1
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("flags", [["--num_proc=2"], ["--num_proc=1", "--streaming"]])
