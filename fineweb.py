@@ -7,7 +7,7 @@ FineWeb-Edu as token shards for train_gpt2.py, and GPT-2's tokenizer.
     python fineweb.py --help                                 # every setting
 
 A language model reads numbers, not letters: each text is cut into tokens, pieces such as "Hello" or " world", and each
-token is a number below 50,257. That takes hours for ten billion tokens, so it is done once, before training, and the
+token is a number below 50,257. That takes a while for ten billion tokens, so it is done once, before training, and the
 numbers are kept in files. Training then only has to read them.
 
 Such a file is a shard: a flat array of 100 million tokens, two bytes each (uint16, enough for 50,257 numbers). All
@@ -136,7 +136,7 @@ def run_main(main, interrupted="run the same command again"):
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_rank0():
             # Under torchrun, rank 0 reports the error, and torchrun then ends the other ranks.
             time.sleep(10)
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
@@ -151,10 +151,14 @@ def run_main(main, interrupted="run the same command again"):
         os._exit(1)
 
 
+def is_rank0():
+    """Whether this process is torchrun's rank 0, or alone. (A RANK without a WORLD_SIZE is some batch system's.)"""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def print0(text):
     """Print, but of torchrun's processes only from rank 0. If nobody reads it any more, the run continues silently."""
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"  # a RANK without a world is some batch system's
-    if not is_alone and os.environ.get("RANK", "0") != "0":
+    if not is_rank0():
         return
     try:
         print(text, flush=True)

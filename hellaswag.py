@@ -40,8 +40,12 @@ def download_official():
     problem = f"HellaSwag could not be downloaded from {OFFICIAL}"
     with fineweb.reported_as(problem, RuntimeError), FileLock(path.with_suffix(".lock")):
         if not path.is_file():  # of the processes of a training run, the first one downloads it
+            before = socket.getdefaulttimeout()
             socket.setdefaulttimeout(TIMEOUT)
-            torch.hub.download_url_to_file(OFFICIAL, str(path), hash_prefix=SHA256)
+            try:
+                torch.hub.download_url_to_file(OFFICIAL, str(path), hash_prefix=SHA256)
+            finally:
+                socket.setdefaulttimeout(before)
     return path
 
 
@@ -136,7 +140,7 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=64, 
             token_losses = torch.zeros(len(targets), device=device)
             token_losses[places] = F.cross_entropy(logits, targets[places], reduction="none")
             losses[indices] = token_losses.view(len(batch), -1).sum(dim=1)
-    if dist.is_initialized():
+    if world_size > 1:
         dist.all_reduce(losses, op=dist.ReduceOp.SUM)
     return losses.view(-1, 4)
 

@@ -30,7 +30,7 @@ What is learned is the model's parameters, or weights:
 
 What that costs, in multiplications and additions per token:
 
-    6 * 124.5 million          each weight: 2 in the forward pass, 4 in the backward pass (gradients of weight, input)
+    6 * 124.5 million          each weight: 2 forward; backward, 2 for its own gradient, 2 for that of its input
     12 blocks * 12 * T * C     attention (section 1): q @ k and att @ v, 2 * T * C each forward, 4 * T * C backward
     0.86 billion (GFLOP)       in all; 451 trillion in a step of half a million tokens, 8.6e18 in 19,073 steps
 
@@ -39,7 +39,7 @@ cuts that: TF32 to 333, bfloat16 to 300, torch.compile to 130, FlashAttention to
 That is 157 trillion operations a second, half of the most that this GPU can do.
 
 The file imports its two neighbors: fineweb.py (tokenizer, files of tokens) and hellaswag.py (an evaluation). Read it
-from top to bottom. Part I is the lesson (does it matter? tests/experiments.py measures it), Part II is housekeeping.
+from top to bottom. Part I is the lesson (tests/experiments.md: what each part of it is worth), Part II is housekeeping.
 
     Part I    1 the model, 2 OpenAI's weights, 3 sampling, 4 optimizer and learning rate, 5 data, 6 evaluation,
               7 processes, devices, precision, 8 settings, 9 the training loop
@@ -71,7 +71,7 @@ from torch import nn
 import fineweb
 import hellaswag
 
-GPT2_VOCAB_SIZE = 50257  # one for each of 256 bytes, 50,000 common pieces of text, <|endoftext|> (before each text)
+GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 common pieces of text, and <|endoftext|>, which stands between two texts
 
 # ======================================================================================================================
 # Part I: the lesson
@@ -94,8 +94,8 @@ class CausalSelfAttention(nn.Module):
     """How tokens exchange information (Vaswani et al. 2017, section 3.2): (B, T, C) -> (B, T, C).
 
     Every token makes three vectors: a query (what am I looking for?), a key (what do I have?) and a value (what do I
-    pass on?). Its output is a weighted average of the values of itself and of the tokens before it ("causal": later
-    ones are what it must predict). The better its query matches a token's key, the more weight that token's value gets.
+    pass on?). Its output is a weighted average of the values of itself and of the tokens before it ("causal": in later
+    ones it would see the answer). The better its query matches a token's key, the more weight that token's value gets.
 
     One average can look for one thing only. So several heads do this side by side, each with short queries, keys and
     values of its own (768 / 12 = 64 numbers): one can look for a verb's subject, another at the previous word."""
@@ -111,7 +111,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.size()
         head_size = C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # Cut them into heads. Matrix products use the last two dimensions, so the heads become one beside B.
+        # Cut them into heads. Matrix products use the last two dimensions, so the heads move next to B.
         q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
@@ -123,10 +123,11 @@ class CausalSelfAttention(nn.Module):
         # softmax turns a row of scores into weights: exp(score), 0 for -inf, divided by the sum over the row. Why the
         # square root? The dot product of two vectors of 64 random numbers (of mean 0, standard deviation 1) has a
         # standard deviation of sqrt(64) = 8; divided by that, of 1. With scores 8 times further apart, one token would
-        # get nearly all the weight: small changes of the scores would change nothing, so there would be no gradient.
-        # FlashAttention (Dao et al. 2022) computes the same, but never stores a (T, T) matrix in the GPU's main memory.
-        # It computes the scores tile by tile in small, fast memory on the chip, and divides by softmax's sum last. The
-        # backward pass computes them again: more work, but less time than moving the matrix (lecture: 130 to 96 ms).
+        # often get most of the weight, and the others hardly any gradient.
+        # FlashAttention (Dao et al. 2022), or a kernel like it, computes this without a (T, T) matrix in main memory.
+        # It computes scores tile by tile in small, fast memory on the chip, sums exp(score) times value, and divides by
+        # the sum of exp(score) at the end. The backward pass computes the scores again: more work, but less time than
+        # moving the matrix (lecture: 130 to 96 ms).
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # all four lines: (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -163,7 +164,7 @@ class Block(nn.Module):
 
     They read it through a layer norm (Ba et al. 2016). That shifts and scales the C numbers of each token to mean 0 and
     standard deviation 1, then gives each channel a learned scale and shift. So attention and MLP can rely on the size
-    of their input, although the sum grows from block to block. The sum itself is normalized only at the end (GPT-2,
+    of their input, whatever the size of the sum. The sum itself is normalized only at the end (GPT-2,
     section 2.3). The first Transformer normalized it in every block, so gradients did not pass back unchanged."""
 
     def __init__(self, config):
@@ -212,7 +213,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def hidden(self, idx):
-        """What lm_head turns into scores, the vectors after the last block and ln_f: (B, T) int64 -> (B, T, C)."""
+        """The vectors after the last block and ln_f, which lm_head turns into scores: (B, T) int64 -> (B, T, C)."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit into a context of {self.config.block_size}"
         pos = torch.arange(T, device=idx.device)  # (T,)
@@ -238,17 +239,17 @@ class GPT(nn.Module):
         # it, larger the less likely the model thought it. A natural logarithm measures it in nats. It is averaged over
         # all B*T positions, and because no position sees the tokens after it, one forward pass is B*T exercises at
         # once. exp(loss), the perplexity, is the number of equally likely tokens that would be as hard to guess: 50,304
-        # if the model knows nothing (a loss of 10.8; at first up to 11, not quite uniform), 22 after training (3.07).
+        # for a uniform guess (a loss of 10.8; that of random weights is up to 11), 22 after training (3.07).
         if x.device.type == "cpu":
-            return None, loss_in_chunks(self.lm_head, x, targets)  # the three lines below, in parts (section 13)
+            return None, loss_in_chunks(self.lm_head, x, targets)  # as below, in parts: faster (section 13)
         logits = self.lm_head(x)  # (B, T, vocab_size): 6.6 GB in bfloat16 for 64 x 1024 tokens
-        logits = logits.float()  # in float32: bfloat16 (section 7) has no number between 3 and 3 + 1/64
+        logits = logits.float()  # the loss in float32: bfloat16 (section 7) has nothing between 3 and 3 + 1/64
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return None, loss  # no logits: as long as a caller held them, they would take up memory
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2. OpenAI's weights
-    # With these weights, which OpenAI published, the model above writes good English. A mistake in it would show.
+    # With the weights that OpenAI published, the model above writes good English: a mistake in the model would show.
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
@@ -257,7 +258,7 @@ class GPT(nn.Module):
         config, tensors = read_pretrained(name_or_folder)  # {name: tensor}; section 11
         model = cls(config)
         for name, tensor in tensors.items():
-            if name.endswith(HF_TRANSPOSED):  # the linear layers of the blocks
+            if name.endswith(HF_TRANSPOSED):  # the linear layers of the blocks (section 11)
                 tensors[name] = tensor.t()  # OpenAI stored them as (in, out), nn.Linear has (out, in)
         copy_weights(model, tensors, name_or_folder)  # every name and every shape must match
         return model
@@ -280,7 +281,7 @@ class GPT(nn.Module):
             # All tokens are computed again each time. Caching keys and values would be faster, but takes more code.
             context = idx[:, -self.config.block_size :]  # as much as the model can look at
             x = self.hidden(context)[:, -1]  # (B, C): only the last position predicts something new
-            with torch.autocast(x.device.type, enabled=False):  # float32: bfloat16 (section 7) makes scores equal
+            with torch.autocast(x.device.type, enabled=False):  # float32: in bfloat16 (section 7), scores tie
                 logits = self.lm_head(x.float())[:, :GPT2_VOCAB_SIZE]  # (B, 50257): the rest is padding (section 8)
             logits = logits / max(temperature, 1e-10)  # differences between logits grow as the temperature falls
             k = min(top_k or GPT2_VOCAB_SIZE, logits.size(1))
@@ -306,7 +307,7 @@ class GPT(nn.Module):
 
         (m and v start at 0, and are scaled up at first to make up for that. eps prevents 0 / 0.) Weight decay shrinks
         matrices a little in every step. A weight stays large only if the gradient keeps asking for it, so the model
-        does not come to rely on a few large ones. Biases and layer norms, which are few, are left out."""
+        does not come to rely on a few large ones. Biases and layer norms are left out: they need not be near 0."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
         groups = [
@@ -341,7 +342,7 @@ class DataLoaderLite:
     """Batches of one split, "train" or "val", from a folder of shards or a text file.
 
     The shards, end to end, are one stream that starts again after its last token. A batch (section 9: micro-batch) is B
-    windows of T tokens, which may run across pages. The text input.txt begins 5962 22307 25 198 8421 356 5120 597 2252:
+    windows of T tokens, which may cross pages. Shakespeare's input.txt begins 5962 22307 25 198 8421 356 5120 597 2252:
     "First", " Citizen", ":", a new line, "Before", " we", " proceed", " any", " further". So B = 2, T = 4 makes
 
         x = [[5962, 22307,   25, 198],      y = [[22307,  25, 198, 8421],
@@ -392,7 +393,7 @@ class DataLoaderLite:
         else:
             tokens = self.read(first * T, B * T + 1)  # (B * T + 1,)
         if torch.device(device).type == "cuda":
-            tokens = tokens.pin_memory()  # memory that stays in place: the GPU copies it while the CPU continues
+            tokens = tokens.pin_memory()  # it stays in its place, so the GPU can copy it while the CPU continues
         tokens = tokens.to(device, non_blocking=tokens.is_pinned())
         if self.shuffle:
             return tokens[:, :-1], tokens[:, 1:]
@@ -411,7 +412,7 @@ def shuffled_order(num_windows, seed, epoch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Evaluation
-# The training loss is that of one step: noisy, and too low when texts are seen again. Three things say more: the loss
+# The training loss is that of one step: noisy, and too low for texts seen before. Three things say more: the loss
 # on texts that it does not train on; samples, texts that it writes itself; and HellaSwag (hellaswag.py), 10,042 texts
 # about everyday life with four possible endings: the model chooses the one whose tokens have the lowest mean loss. How
 # often that is right can be compared with other models: guessing gets 0.25, OpenAI's GPT-2 (124M) 0.2955.
@@ -428,7 +429,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
     val_loss = torch.zeros((), device=device)
     loader.batch_index = 0
     for start in range(loader.process_rank * batch_tokens, val_tokens, loader.num_processes * batch_tokens):
-        x, y = loader.next_batch(device)  # (B, T) each
+        x, y = loader.next_batch(device)  # (B, T) each, from token number start on
         n = min(batch_tokens, val_tokens - start)  # how many targets of this batch count
         y = y.clone()  # it shares memory with x
         y.view(-1)[n:] = -1  # the loss ignores these (a smaller batch would have to be compiled: section 9)
@@ -441,7 +442,7 @@ def evaluate(model, loader, val_tokens, device, autocast):
 
 
 def print_samples(model, settings):
-    """Print num_samples continuations of the prompt, each up to its <|endoftext|>."""
+    """Print num_samples continuations of the prompt, each up to an <|endoftext|>."""
     encoding = fineweb.gpt2_encoding()
     prompt = encoding.encode(settings.prompt, allowed_special="all") or [encoding.eot_token]  # empty: a new document
     device = model.lm_head.weight.device
@@ -459,7 +460,7 @@ def print_samples(model, settings):
 # torchrun starts one copy of this script, a process, for each GPU. The world size is the number of processes. The rank
 # counts them from 0, the local rank counts those of one machine: on two machines with eight GPUs each, the process for
 # the very last GPU has rank 15 and local rank 7. DistributedDataParallel (DDP) first copies rank 0's weights to all.
-# Each computes the gradient for its part of the tokens, DDP averages these gradients, and so all take the same step.
+# Each process computes the gradient for its part of the tokens, DDP averages them, and so all take the same step.
 
 
 def get_ranks():
@@ -488,7 +489,7 @@ def pick_device(name, local_rank=0, world_size=1):
 
 
 def pick_dtype(name, device):
-    """The precision of matrix products, nearly all of the arithmetic: fewer bits multiply faster. Raises UserError.
+    """The precision of matrix products, nearly all of the arithmetic. Fewer bits multiply faster. Raises UserError.
 
     A number has a sign, an exponent (how large or small it is) and a fraction (its digits). Bits of the last two:
 
@@ -514,10 +515,10 @@ def pick_dtype(name, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Settings
 # Each is a flag, too: --max_steps=50. The defaults are the recipe for GPT-2 (124M) on ten billion tokens: 19,073 steps
-# of 2^19 tokens each. (The more tokens in a step, the less noisy its gradient.) GPT-2's paper leaves out most of it, so
+# of 2^19 tokens each. (The more tokens in a step, the less noisy its gradient.) GPT-2's paper gives little of it, so
 # batch size, learning rate and warm-up (715 steps, 375 million tokens) are those of GPT-3's model of this size (Brown
 # et al. 2020, table 2.1 and appendix B). Which value counts? The first of: the flag's; on resume, the saved run's;
-# with a text file, one that suits it (the end of --help lists them); for None, what [ ] says; the default.
+# with a text file, one that suits it (the end of --help lists them); the default or, if that is None, what [ ] says.
 
 
 def setting(default, help, choices=(), minimum=0):  # a field, and what --help and the checks need to know of it
@@ -585,7 +586,7 @@ def train(raw_model, settings, run, checkpoint=None):
         torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32 (lecture: 1000 to 333 ms)
     if ddp:
         connect_processes(device)
-        check_ranks_agree(asdict(replace(settings, prompt=None)))  # all settings, but only rank 0 needs the prompt
+        check_ranks_agree(shared_settings(settings))
 
     # Precision. Within autocast, matrix products are in dtype; weights, optimizer state and layer norms stay in float32
     # (lecture: only 333 to 300 ms; until torch.compile, most time goes to moving numbers to memory and back).
@@ -597,11 +598,11 @@ def train(raw_model, settings, run, checkpoint=None):
     optimizer = raw_model.configure_optimizers(settings.weight_decay, settings.max_lr)
     # model is raw_model wrapped by compiler and DDP: the weights are the same. raw_model makes samples, and is saved.
     # torch.compile joins operations into one kernel, so that numbers move to memory and back once, not for each one
-    # (lecture: 300 to 130 ms). fullgraph: all in one piece, or an error. dynamic=False: new shapes are compiled again.
+    # (lecture: 300 to 130 ms). fullgraph: all in one piece, or an error. dynamic=False: compile each new shape.
     compiled = can_compile(settings.compile, device)
     model = torch.compile(raw_model, dynamic=False, fullgraph=True) if compiled else raw_model
     if ddp:
-        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # fewer copies
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy
 
     # A step's tokens do not fit into memory at once. So a process takes micro-batches of B * T and adds up gradients.
     B, T = settings.micro_batch_size, settings.block_size
@@ -661,16 +662,17 @@ def train(raw_model, settings, run, checkpoint=None):
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 _, loss = model(x, y)
-            x, y = train_loader.next_batch(device)  # the GPU has its orders, and the CPU reads the next batch
+            x, y = train_loader.next_batch(device)  # the GPU computes; meanwhile, the CPU reads the next batch
             loss = loss / grad_accum_steps  # backward() adds up gradients: this makes the sum a mean
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
 
-        # Clipping: a huge gradient, of unusual texts, would dominate AdamW's averages for many steps. Limit its norm.
+        # Clipping: a huge gradient, of unusual texts, moves no weight far, but AdamW's averages keep it for many steps.
+        # So limit its norm, the length of all gradients as one vector.
         scaler.unscale_(optimizer)  # float16: first divide by the factor
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: measure it
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: no limit
 
-        # The mean loss over all ranks. If one rank got a signal to stop, all stop: else they would wait for it forever.
+        # The mean loss over all ranks. If one rank got a signal to stop, all stop, or they would wait for it.
         stop_signal = torch.full((), run.stop_signal, device=device)  # 0: none
         if ddp:
             dist.all_reduce(loss_accum, op=dist.ReduceOp.SUM)
@@ -687,7 +689,7 @@ def train(raw_model, settings, run, checkpoint=None):
         scaler.step(optimizer)  # optimizer.step(), unless a float16 gradient has overflowed
         scaler.update()
 
-        # The GPU may still be busy with scaler.step(): what is left of it counts in the time of what follows.
+        # Nothing waits for scaler.step() on the GPU: what is left of it counts in the time of what follows.
         dt = time.perf_counter() - t0
         tok_s, minutes = settings.total_batch_size / dt, dt * (settings.max_steps - step - 1) / 60
         message = f"step {step:5d} | loss {train_loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | dt {1000 * dt:.2f}ms"
@@ -772,7 +774,6 @@ def merge_settings(flags, checkpoint=None, config=None):
         values["data"] = flags.get("data", values["data"])
         values["prompt"] = "Hello, I'm a language model,"
         values |= MODELS["gpt2"] | size_of(config)
-        values |= MODELS.get(flags.get("init_from", "").removeprefix(OPENAI), {})
         values |= MODELS.get(flags.get("model"), {})
         if os.path.isfile(values["data"]):
             values |= TEXT_FILE_SETTINGS
@@ -877,7 +878,7 @@ def copy_weights(model, tensors, source):
     if None in shapes_in(tensors).values():
         raise fineweb.UserError(f"{source} has something else than weights in it: use another one")
     tied = [tensors[name] for name in TIED if name in tensors]
-    if not all(tensor.isfinite().all() for tensor in tied):
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise fineweb.UserError(f"{source} has weights that are not finite: use another one")
     if len(tied) == 2 and not torch.equal(*tied):
         raise fineweb.UserError(f"{source} cannot be loaded: GPT-2 has wte and lm_head in common")
@@ -1158,6 +1159,12 @@ def check_same(values, expected, place, remedy="they must be the same"):
             raise fineweb.UserError(f"{problem}: {remedy}")
 
 
+def shared_settings(settings):
+    """What must be the same on all ranks. Other machines may have other paths, and only rank 0 needs the prompt."""
+    own = (*PATHS, "prompt")
+    return {name: value for name, value in asdict(settings).items() if name not in own}
+
+
 def check_ranks_agree(values):
     """Raise UserError unless the values are the same on all ranks."""
     everyone = [None] * dist.get_world_size()
@@ -1198,7 +1205,8 @@ class Run:
             with fineweb.reported_as(f"--log_dir={self.folder} cannot be written"):
                 self.lock.enter_context(fineweb.folder_locked(self.folder, "log_dir"))
                 self.log = self.open_log(start_step)  # once: on a network drive, this takes milliseconds
-        self.newest = next(reversed(list_checkpoints(self.folder)), "none")
+        if start_step > 0:
+            self.newest = self.path_of(start_step)
         for name in {"SIGTERM", "SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
             number = getattr(signal, name)
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, of a closed terminal
@@ -1261,9 +1269,12 @@ class Run:
             problem = f"{self.log.name} could not be written ({error.strerror})"
             fineweb.print0(f"warning: {problem}; training continues")
 
+    def path_of(self, step):
+        return self.folder / f"model_{step:05d}.pt"
+
     def save(self, step, model, optimizer, scaler):
         """Write log_dir/model_NNNNN.pt, and remove what keep_checkpoints does not keep."""
-        path = self.folder / f"model_{step:05d}.pt"
+        path = self.path_of(step)
         settings = asdict(self.settings)
         for name in ("data", "hellaswag"):
             if os.path.exists(settings[name]):
@@ -1337,9 +1348,10 @@ def resuming_command(log_dir):
 def sampling_command(checkpoint, settings):
     """What to type for samples as in the run."""
     flags = [f"--init_from={short_path(checkpoint)}", "--max_steps=0"]
-    for name in ("device", "dtype"):
+    names = ("device", "dtype", "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+    for name in names:
         value = getattr(settings, name)
-        if value != "auto":
+        if value != getattr(Settings(), name):
             flags.append(f"--{name}={value}")
     prompt = shlex.quote(settings.prompt)
     if "\n" in prompt:  # $'...' is how bash and zsh write a new line
@@ -1379,7 +1391,7 @@ def check_loss(step, loss, norm, scaler, run):
 
 def print_start(settings, run, model, train_loader, val_loader, device, dtype, compiled, start_step):
     B, T, world_size = train_loader.B, train_loader.T, train_loader.num_processes
-    grad_accum_steps = settings.total_batch_size // (B * T * world_size)
+    num_sequences = settings.total_batch_size // (T * world_size)  # of each process, in a step
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = str(dtype).removeprefix("torch.")
     mode = "compiled" if compiled else "eager (not compiled)"
@@ -1387,15 +1399,17 @@ def print_start(settings, run, model, train_loader, val_loader, device, dtype, c
     num_train, num_val = train_loader.num_tokens, val_loader.num_tokens
     num_used = min(settings.val_tokens, num_val)
     wanted = run.settings.micro_batch_size or B
-    num_sequences = B * grad_accum_steps
     lowered = f" (not {wanted}: a process has {num_sequences} in a step)" if wanted != B else ""
     processes = f"{world_size} process" if world_size == 1 else f"{world_size} processes"
-    step = f"{settings.total_batch_size:,} tokens = {processes} x {grad_accum_steps} micro-steps"
+    step = f"{settings.total_batch_size:,} tokens = {processes} x {num_sequences // B} micro-steps"
     fineweb.print0(f"device: {world_size} x {gpu}, {precision}, {mode}")
     fineweb.print0(f"model: {num_params:,} parameters, {model.config}")
     fineweb.print0(f"data: {num_train:,} tokens, from {settings.data}")
     fineweb.print0(f"validation: the first {num_used:,} of {num_val:,} tokens")
     fineweb.print0(f"step: {step} x {B} sequences (B){lowered} x {T} tokens (T)")
+    if 0 < settings.max_steps <= settings.warmup_steps:
+        reason = f"--warmup_steps={settings.warmup_steps}"
+        fineweb.print0(f"all steps are warm-up ({reason}): the learning rate only rises")
     if start_step > 0:
         fineweb.print0(f"resumed: {start_step} of {settings.max_steps} steps are done")
     if 0 < start_step == settings.max_steps:
@@ -1417,7 +1431,7 @@ def connect_processes(device):
 
 def keep_freed_memory():
     """Let the C library keep freed memory. By default it returns large blocks to the system, which zeroes each page
-    before handing it out again: steps on the CPU took 1.05 to 1.5 times as long. The numbers are mallopt(3)'s."""
+    before handing it out again: a step on the CPU took 1.06 times as long. The numbers are mallopt(3)'s."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: take no block directly from the system
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
@@ -1468,13 +1482,12 @@ def memory_errors_explained(remedy):
 
 
 def main(argv=None):
-    keep_freed_memory()
     flags = parse_flags(argv)
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
         problem = f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}"
         raise fineweb.UserError(f"{problem}: start with torchrun, or unset WORLD_SIZE")
-    rank, _, world_size = get_ranks()
+    rank, local_rank, world_size = get_ranks()
     if flags.get("prompt") == "-" and rank == 0:  # the other processes would read parts of it
         if sys.stdin is None:
             problem = "--prompt=- reads standard input, but that is closed"
@@ -1502,6 +1515,8 @@ def main(argv=None):
         return
 
     only_samples = "prompt" in flags and asked.max_steps == 0 and asked.num_samples > 0
+    if only_samples and rank != 0:
+        return
     if checkpoint and not only_samples and not os.path.exists(asked.data):
         problem = f"the data of this run, {asked.data}, does not exist"
         raise fineweb.UserError(f"{problem}: name its place with --data")
@@ -1509,18 +1524,19 @@ def main(argv=None):
     smaller = (settings.micro_batch_size or 1) // 2
     remedy = f"--micro_batch_size={smaller}" if smaller else "a smaller --block_size or --model"
     remedy = "--num_samples=1, or a shorter prompt" if only_samples else remedy
+    device = pick_device(settings.device, local_rank, world_size)
+    if device.type == "cpu":
+        keep_freed_memory()
     with memory_errors_explained(remedy):
         torch.manual_seed(settings.seed)  # all ranks start from the same weights
         if model is None:
             model = GPT(make_config(asdict(settings), "the model"))
         if only_samples and source == "scratch":
             fineweb.print0("warning: an untrained model: --init_from or --resume loads weights")
-        if only_samples and rank == 0:
-            device = pick_device(settings.device)
+        if only_samples:
             dtype = pick_dtype(settings.dtype, device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 print_samples(model.to(device), settings)
-        if only_samples:
             return
         if os.path.isfile(settings.data) and not checkpoint:
             text = f"{settings.data} is a text file"

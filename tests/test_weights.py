@@ -338,9 +338,10 @@ def test_a_log_folder_names_its_checkpoint(tmp_path):
     assert f"name a checkpoint in it, {tmp_path / 'model_00010.pt'}" in refused(load_model, tmp_path)
 
 
-def test_weights_that_are_not_finite_are_not_called_untied(tmp_path):
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.h.1.mlp.c_fc.weight"])  # it is not called untied
+def test_weights_that_are_not_finite_are_refused(tmp_path, name):
     weights = make_model().state_dict()
-    weights["lm_head.weight"][0, 0] = float("nan")
+    weights[name][0, 0] = float("nan")
     torch.save(nanogpt_checkpoint(weights, True), tmp_path / "ckpt.pt")
     assert "has weights that are not finite" in refused(load_model, str(tmp_path / "ckpt.pt"))
 
