@@ -5,13 +5,13 @@ Does it matter? Leave out one thing that train_gpt2.py does, train, and see what
     python tests/experiments.py --only=post-norm     # one of them, and the script as it is
     python tests/experiments.py --list               # what there is
 
-Each experiment changes a line of train_gpt2.py, or a flag, and nothing else. Each run is a process of its own, two minutes
-long, and as many run at once as there are cores. Finished runs are kept in --folder: after an interruption, the same
-command continues. It ends with a table in Markdown.
+Each experiment changes a line of train_gpt2.py, or a flag, and nothing else. Each run is a process of its own, two
+minutes long, and as many run at once as there are cores. Finished runs are kept in --folder: after an interruption, the
+same command continues. It ends with a table in Markdown.
 
-The model is nanoGPT's for a laptop: 4 blocks of 128 channels, a context of 64, and the characters of Shakespeare instead
-of GPT-2's tokens. With 50,257 tokens, two minutes are too short: a model has then learned which tokens are frequent, and
-which ones follow each other, but its attention does nothing yet (even without the mask, the loss is the same).
+The model is nanoGPT's for a laptop: 4 blocks of 128 channels, a context of 64, and the characters of Shakespeare
+instead of GPT-2's tokens. With 50,257 tokens, two minutes are too short: the model has then learned which tokens are
+frequent, and which ones follow each other, but its attention does little yet (without the mask, the loss is the same).
 """
 
 import argparse
