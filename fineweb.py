@@ -19,8 +19,8 @@ The others are edufineweb_train_000001.npy and so on.
 The shards are the same, byte for byte, however many processes make them. After an interruption, the same command
 continues.
 
-This file is also the bottom floor of the project: what the other scripts share (errors, flags, safe files, the tokenizer,
-reading shards) is imported from here. It does not import torch, so that its worker processes start quickly.
+This file is also the bottom floor of the project: what the other scripts share (errors, flags, safe files, the
+tokenizer, reading shards) is imported from here. It does not import torch, so that its worker processes start quickly.
 """
 
 import argparse
@@ -550,8 +550,8 @@ def tokenize_text_file(path, size, changed):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The documents of a data set, in blocks
-# Tokenizing is work for many processes. It is handed out in blocks: a block is a function and its arguments, small enough
-# to be sent to a worker process, and called there it returns about a thousand documents. Which block holds which
+# Tokenizing is work for many processes. It is handed out in blocks: a block is a function and its arguments, small
+# enough to be sent to a worker process, and called there it returns about a thousand documents. Which block holds which
 # documents depends on the files alone, so that after an interruption the work continues at a block's number.
 
 DATASET = "HuggingFaceFW/fineweb-edu"  # on the Hugging Face hub
@@ -561,7 +561,7 @@ BLOCK_BYTES = 2**20  # of other files
 
 @contextlib.contextmanager
 def downloads_reported_as(problem, *more_kinds):
-    """reported_as, for the Hugging Face hub: it may be out of reach, or its cache in a folder that cannot be written."""
+    """reported_as, for the Hugging Face hub: it may be out of reach, or its cache where nothing can be written."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     with reported_as(problem, *more_kinds):

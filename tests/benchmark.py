@@ -164,8 +164,8 @@ def train_step(model, params, optimizer, loader, device, autocast, grad_accum_st
 # ----------------------------------------------------------------------------------------------------------------------
 # train
 #
-# Every contender runs in a process of its own, so that its peak memory is its own. All take turns in each round, so that
-# a slow minute of the machine affects them alike.
+# Every contender runs in a process of its own, so that its peak memory is its own. All take turns in each round, so
+# that a slow minute of the machine affects them alike.
 
 # What each rung of a ladder adds to the one above it. The last one is the step of train_gpt2.py (on the CPU, that of
 # --compile, and the one above it that of the default).
@@ -516,8 +516,8 @@ def benchmark_losses(options):
 # memory
 #
 # The peaks of PyTorch's own allocator: allocated is what tensors take at once, reserved is what the allocator has asked
-# the GPU for, which includes gaps between tensors. Each measurement is a process of its own, because the allocator keeps
-# what it once had.
+# the GPU for, which includes gaps between tensors. Each measurement is a process of its own, because the allocator
+# keeps what it once had.
 
 MICRO_BATCH_SIZES = (4, 8, 16, 32, 64, 96, 128)
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # sizes of GPU memory, in GB

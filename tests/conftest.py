@@ -19,8 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpt2-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# A shell may ignore Ctrl-C for what it starts in the background, and nohup ignores SIGHUP. So would every process that a
-# test starts.
+# A shell may ignore Ctrl-C for what it starts in the background, and nohup ignores SIGHUP. So would every process that
+# a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
