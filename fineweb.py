@@ -28,6 +28,7 @@ import array
 import codecs
 import collections
 import contextlib
+import difflib
 import errno
 import functools
 import hashlib
@@ -88,7 +89,13 @@ class Parser(argparse.ArgumentParser):
     """A wrong flag becomes a UserError with status 2, where argparse would print its usage."""
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)", status=2)
+        advice = "--help lists the flags"
+        unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            similar = difflib.get_close_matches("--" + unknown[1].replace("-", "_"), flags)
+            advice = f"did you mean {' or '.join(similar)}?" if similar else advice
+        raise UserError(f"{message} ({advice})", status=2)
 
 
 def expand_home(text):

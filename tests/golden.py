@@ -1,6 +1,7 @@
 """
 The losses that train_gpt2.py must reproduce: sixty float32 steps of a small GPT-2, trained by a plain PyTorch loop
-around transformers' model that shares no code with train_gpt2.py. Weights and tokens come from formulas, so nothing is random.
+around transformers' model that shares no code with train_gpt2.py. Weights and tokens come from formulas, so nothing
+is random.
 
     python tests/golden.py    # writes tests/golden_losses.json again
 """

@@ -829,8 +829,9 @@ def test_wrong_setting_is_refused_in_one_line(train, flags, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--max_step=5", "unrecognized arguments: --max_step=5"),
-        ("--zzz", "unrecognized arguments: --zzz"),
+        ("--out_dir=x", "unrecognized arguments: --out_dir=x (did you mean --log_dir?)"),
+        ("--max-steps=5", "unrecognized arguments: --max-steps=5 (did you mean --max_steps or "),
+        ("--zzz", "unrecognized arguments: --zzz (--help lists the flags)"),
         ("stray", "unrecognized arguments: stray"),
         ("--max_steps=many", "argument --max_steps: invalid int value: 'many'"),
         ("--resume=maybe", "argument --resume: invalid choice: 'maybe'"),
