@@ -175,7 +175,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x))  # without "x +", a small model learns only how frequent letters are
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -220,7 +220,7 @@ class GPT(nn.Module):
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         # An average has no order: "dog bites man" or "man bites dog"? So each vector also says where its token is.
         pos_emb = self.transformer.wpe(pos)  # (T, C), added to every text of the batch
-        x = tok_emb + pos_emb
+        x = tok_emb + pos_emb  # tests/experiments.md: without pos_emb, the loss of a small model is 2.24, not 2.09
         for block in self.transformer.h:
             x = block(x)
         return self.transformer.ln_f(x)
