@@ -31,10 +31,10 @@ What is learned is the model's parameters, or weights:
 What that costs, in multiplications and additions per token:
 
     6 * 124.5 million          each weight: 2 forward; backward, 2 for its own gradient, 2 for that of its input
-    12 blocks * 12 * T * C     attention (section 1): q @ k and att @ v, 2 * T * C each forward, 4 * T * C backward
+    12 blocks * 12 * T * C     attention (section 1): 2 products, each 2 * T * C forward, 4 * T * C backward (unmasked)
     0.86 billion (GFLOP)       in all; 451 trillion in a step of half a million tokens, 8.6e18 in 19,073 steps
 
-In the lecture, an A100 GPU at first takes 1000 ms for 16 thousand tokens. One trick after another, all explained below,
+In the lecture, an A100 GPU at first takes 1000 ms to train on 16,384 tokens. One trick after another, all told below,
 cuts that: TF32 to 333, bfloat16 to 300, torch.compile to 130, FlashAttention to 96, padding to 93, fused AdamW to 90.
 That is 157 trillion operations a second, half of the most that this GPU can do.
 
@@ -94,8 +94,8 @@ class CausalSelfAttention(nn.Module):
     """How tokens exchange information (Vaswani et al. 2017, section 3.2): (B, T, C) -> (B, T, C).
 
     Every token makes three vectors: a query (what am I looking for?), a key (what do I have?) and a value (what do I
-    pass on?). Its output is a weighted average of the values of itself and of the tokens before it ("causal": in later
-    ones it would see the answer). The better its query matches a token's key, the more weight that token's value gets.
+    pass on?). Its output is a weighted average of the values of itself and of the tokens before it ("causal": not of
+    later ones, which it must predict). The better its query matches a token's key, the more weight its value gets.
 
     One average can look for one thing only. So several heads do this side by side, each with short queries, keys and
     values of its own (768 / 12 = 64 numbers): one can look for a verb's subject, another at the previous word."""
@@ -123,8 +123,8 @@ class CausalSelfAttention(nn.Module):
         # softmax turns a row of scores into weights: exp(score), 0 for -inf, divided by the sum over the row. Why the
         # square root? The dot product of two vectors of 64 random numbers (of mean 0, standard deviation 1) has a
         # standard deviation of sqrt(64) = 8; divided by that, of 1. With scores 8 times further apart, one token would
-        # often get most of the weight, and the others hardly any gradient.
-        # FlashAttention (Dao et al. 2022), or a kernel like it, computes this without a (T, T) matrix in main memory.
+        # often get most of the weight, and the others hardly any gradient. (Not yet at first: the weights are small.)
+        # FlashAttention (Dao et al. 2022), or a program like it, needs no (T, T) matrix in the GPU's main memory.
         # It computes scores tile by tile in small, fast memory on the chip, sums exp(score) times value, and divides by
         # the sum of exp(score) at the end. The backward pass computes the scores again: more work, but less time than
         # moving the matrix (lecture: 130 to 96 ms).
@@ -134,7 +134,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """How a token works on what it has gathered, by itself: (B, T, C) -> (B, T, C).
+    """A multilayer perceptron: how a token works on what it has gathered, by itself. (B, T, C) -> (B, T, C).
 
     c_fc compares the token's vector with 4C learned patterns, GELU drops those that do not match, and c_proj adds a
     learned vector for each of the others, larger for a better match. (Without GELU, which is not linear, the two linear
@@ -199,8 +199,8 @@ class GPT(nn.Module):
 
         self.apply(self._init_weights)
         # The residual stream adds up 2 * n_layer outputs. A sum of n independent random numbers is about sqrt(n) times
-        # as large as one of them. So the layers that write to the stream get smaller first weights by this factor, and
-        # before training, the stream is no larger in a deep model than in a shallow one (GPT-2, section 2.3).
+        # as large as one of them. So both c_proj, which write to the stream, start with weights smaller by this factor.
+        # Then, before training, the stream is no larger in a deep model than in a shallow one (GPT-2, section 2.3).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -239,7 +239,7 @@ class GPT(nn.Module):
         # it, larger the less likely the model thought it. A natural logarithm measures it in nats. It is averaged over
         # all B*T positions, and because no position sees the tokens after it, one forward pass is B*T exercises at
         # once. exp(loss), the perplexity, is the number of equally likely tokens that would be as hard to guess: 50,304
-        # for a uniform guess (a loss of 10.8; that of random weights is up to 11), 22 after training (3.07).
+        # for a uniform guess (a loss of 10.8; random weights guess a bit worse, up to 11), 22 after training (3.07).
         if x.device.type == "cpu":
             return None, loss_in_chunks(self.lm_head, x, targets)  # as below, in parts: faster (section 13)
         logits = self.lm_head(x)  # (B, T, vocab_size): 6.6 GB in bfloat16 for 64 x 1024 tokens
@@ -249,7 +249,7 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2. OpenAI's weights
-    # With the weights that OpenAI published, the model above writes good English: a mistake in the model would show.
+    # With OpenAI's weights, a correct model writes good English. If it does not, the code above has a mistake.
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
@@ -283,7 +283,7 @@ class GPT(nn.Module):
             x = self.hidden(context)[:, -1]  # (B, C): only the last position predicts something new
             with torch.autocast(x.device.type, enabled=False):  # float32: in bfloat16 (section 7), scores tie
                 logits = self.lm_head(x.float())[:, :GPT2_VOCAB_SIZE]  # (B, 50257): the rest is padding (section 8)
-            logits = logits / max(temperature, 1e-10)  # differences between logits grow as the temperature falls
+            logits = logits / max(temperature, 1e-10)  # near 0, the largest logit gets all the probability
             k = min(top_k or GPT2_VOCAB_SIZE, logits.size(1))
             topk_logits, topk_ids = torch.topk(logits, k)  # (B, k) each
             probs = F.softmax(topk_logits, dim=-1)  # (B, k)
@@ -296,7 +296,7 @@ class GPT(nn.Module):
     # 4. Optimizer, learning rate
 
     def configure_optimizers(self, weight_decay, learning_rate):
-        """AdamW (Kingma & Ba 2015, Loshchilov & Hutter 2019), betas and eps from GPT-3 (Brown et al. 2020, appendix B).
+        """AdamW (Kingma & Ba 2015, Loshchilov & Hutter 2019), betas (0.9, 0.95) and eps from GPT-3 (Brown et al. 2020).
 
         For every weight w, with its gradient g, AdamW keeps two running averages. lr is the learning rate:
 
@@ -307,7 +307,7 @@ class GPT(nn.Module):
 
         (m and v start at 0, and are scaled up at first to make up for that. eps prevents 0 / 0.) Weight decay shrinks
         matrices a little in every step. A weight stays large only if the gradient keeps asking for it, so the model
-        does not come to rely on a few large ones. Biases and layer norms are left out: they need not be near 0."""
+        does not come to rely on a few large ones. Biases and layer norms are left out: they are few."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
         groups = [
@@ -413,7 +413,7 @@ def shuffled_order(num_windows, seed, epoch):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Evaluation
 # The training loss is that of one step: noisy, and too low for texts seen before. Three things say more: the loss
-# on texts that it does not train on; samples, texts that it writes itself; and HellaSwag (hellaswag.py), 10,042 texts
+# on texts kept out of training; samples, texts that the model writes itself; and HellaSwag (hellaswag.py), 10,042 texts
 # about everyday life with four possible endings: the model chooses the one whose tokens have the lowest mean loss. How
 # often that is right can be compared with other models: guessing gets 0.25, OpenAI's GPT-2 (124M) 0.2955.
 
@@ -457,10 +457,10 @@ def print_samples(model, settings):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Processes, devices, precision
-# torchrun starts one copy of this script, a process, for each GPU. The world size is the number of processes. The rank
+# torchrun starts copies of this script, processes, one for each GPU. The world size is their number. The rank
 # counts them from 0, the local rank counts those of one machine: on two machines with eight GPUs each, the process for
 # the very last GPU has rank 15 and local rank 7. DistributedDataParallel (DDP) first copies rank 0's weights to all.
-# Each process computes the gradient for its part of the tokens, DDP averages them, and so all take the same step.
+# Each process computes the gradient for its tokens, DDP averages the gradients, and so all take the same step.
 
 
 def get_ranks():
@@ -499,13 +499,13 @@ def pick_dtype(name, device):
         float16     5 + 10   below 0.00000003 a number becomes 0, as many gradients would; above 65,504, infinite
 
     So with float16, a gradient scaler multiplies the loss, and thereby all gradients, by a large factor, and divides
-    the gradients by it before the step. If one became infinite, it skips the step and halves the factor."""
+    the gradients by it before the step. If one is infinite, it skips the step and halves the factor for a while."""
     if device.type == "mps" and name in ("bfloat16", "float16"):
         raise fineweb.UserError(f"--dtype={name} does not train reliably on MPS: use float32")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        # The A100, the first GPU with bfloat16, is (8, 0). (torch.cuda.is_bf16_supported() counts emulation, too.)
+        # The first GPU with bfloat16, the A100, is an (8, 0). (torch.cuda.is_bf16_supported() counts emulation, too.)
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}  # {"avx512_bf16": True, ...}
     has_bfloat16 = any(present and "bf16" in unit for unit, present in units.items())
@@ -602,7 +602,7 @@ def train(raw_model, settings, run, checkpoint=None):
     compiled = can_compile(settings.compile, device)
     model = torch.compile(raw_model, dynamic=False, fullgraph=True) if compiled else raw_model
     if ddp:
-        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # no copy of gradients
 
     # A step's tokens do not fit into memory at once. So a process takes micro-batches of B * T and adds up gradients.
     B, T = settings.micro_batch_size, settings.block_size
@@ -667,8 +667,8 @@ def train(raw_model, settings, run, checkpoint=None):
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
 
-        # Clipping: a huge gradient, of unusual texts, moves no weight far, but AdamW's averages keep it for many steps.
-        # So limit its norm, the length of all gradients as one vector.
+        # Clipping: AdamW's averages would keep a huge gradient, of unusual texts, for many steps. So if the norm (the
+        # length of all gradients as one vector) is above a limit, all are scaled down to it.
         scaler.unscale_(optimizer)  # float16: first divide by the factor
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), settings.grad_clip or math.inf)  # inf: no limit
 
@@ -689,7 +689,7 @@ def train(raw_model, settings, run, checkpoint=None):
         scaler.step(optimizer)  # optimizer.step(), unless a float16 gradient has overflowed
         scaler.update()
 
-        # Nothing waits for scaler.step() on the GPU: what is left of it counts in the time of what follows.
+        # The CPU does not wait for scaler.step(): on a GPU, the rest of it falls into the next step or evaluation.
         dt = time.perf_counter() - t0
         tok_s, minutes = settings.total_batch_size / dt, dt * (settings.max_steps - step - 1) / 60
         message = f"step {step:5d} | loss {train_loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | dt {1000 * dt:.2f}ms"
@@ -1351,7 +1351,7 @@ def sampling_command(checkpoint, settings):
     names = ("device", "dtype", "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
     for name in names:
         value = getattr(settings, name)
-        if value != getattr(Settings(), name):
+        if value != getattr(Settings(), name) and (name, value) != ("num_samples", 0):
             flags.append(f"--{name}={value}")
     prompt = shlex.quote(settings.prompt)
     if "\n" in prompt:  # $'...' is how bash and zsh write a new line

@@ -676,7 +676,8 @@ def test_the_command_for_samples_has_the_very_prompt(tmp_path, monkeypatch, prom
     words = command.replace("python ", "printf '%s|' ", 1)
     out = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, encoding="utf-8").stdout
     assert out.split("|")[1:] == [f"--init_from={ROOT / 'model_1.pt'}", "--max_steps=0", f"--prompt={prompt}", ""]
-    long = train_gpt2.sampling_command("x.pt", replace(Settings(), prompt="A" * 1000))
+    long = train_gpt2.sampling_command("x.pt", replace(Settings(), prompt="A" * 1000, num_samples=0))
+    assert "num_samples" not in long  # the run drew none
     assert long.endswith(" --prompt=- < FILE")
 
 
