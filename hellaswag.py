@@ -140,7 +140,7 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_size=64, 
             token_losses = torch.zeros(len(targets), device=device)
             token_losses[places] = F.cross_entropy(logits, targets[places], reduction="none")
             losses[indices] = token_losses.view(len(batch), -1).sum(dim=1)
-    if world_size > 1:
+    if dist.is_initialized():
         dist.all_reduce(losses, op=dist.ReduceOp.SUM)
     return losses.view(-1, 4)
 

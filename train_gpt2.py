@@ -774,6 +774,7 @@ def merge_settings(flags, checkpoint=None, config=None):
         values["data"] = flags.get("data", values["data"])
         values["prompt"] = "Hello, I'm a language model,"
         values |= MODELS["gpt2"] | size_of(config)
+        values |= MODELS.get(flags.get("init_from", "").removeprefix(OPENAI), {})
         values |= MODELS.get(flags.get("model"), {})
         if os.path.isfile(values["data"]):
             values |= TEXT_FILE_SETTINGS

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import ROOT, TINY, edit_json, names_in, run_script, write_bin
+from conftest import ROOT, TINY, edit_json, files_in, names_in, run_script, write_bin
 from pyarrow import parquet
 
 import fineweb
@@ -80,7 +80,7 @@ def read_shards(folder):
 
 
 def read_bytes(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "index.json"}
+    return {path.name: path.read_bytes() for path in files_in(folder) if path.name != "index.json"}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_no_disk_space_leaves_finished_shards(hub, reference, tmp_path):
     assert process.returncode == 1
     assert "cannot be written (File too large)" in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+    assert names_in(tmp_path) == ["index.json"]
 
 
 def test_finished_folder_is_left_as_it_is(hub, reference, capsys):
