@@ -94,7 +94,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             similar = difflib.get_close_matches("--" + unknown[1].replace("-", "_"), flags)
-            advice = f"did you mean {' or '.join(similar)}?" if similar else advice
+            if similar:
+                advice = f"did you mean {' or '.join(similar)}?"
         raise UserError(f"{message} ({advice})", status=2)
 
 

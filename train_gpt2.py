@@ -574,13 +574,12 @@ class Settings:
 # 9. The training loop
 
 
-def train(raw_model, settings, run, checkpoint=None):
+def train(raw_model, settings, device, run, checkpoint=None):
     """Train raw_model, the GPT that main has made (max_steps=0: evaluate). run (section 12): log, checkpoints, signals.
     What else is not defined above is in Part II, too: due (is it time?), check_... (stop if it is wrong), and so on."""
-    rank, local_rank, world_size = get_ranks()
+    rank, _, world_size = get_ranks()
     ddp = world_size > 1
     master_process = rank == 0  # this one prints, logs and saves
-    device = pick_device(settings.device, local_rank, world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32 (lecture: 1000 to 333 ms)
@@ -1352,7 +1351,7 @@ def sampling_command(checkpoint, settings):
     names = ("device", "dtype", "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
     for name in names:
         value = getattr(settings, name)
-        if value != getattr(Settings(), name) and (name, value) != ("num_samples", 0):
+        if value != getattr(Settings, name) and (name, value) != ("num_samples", 0):
             flags.append(f"--{name}={value}")
     prompt = shlex.quote(settings.prompt)
     if "\n" in prompt:  # $'...' is how bash and zsh write a new line
@@ -1532,9 +1531,9 @@ def main(argv=None):
         torch.manual_seed(settings.seed)  # all ranks start from the same weights
         if model is None:
             model = GPT(make_config(asdict(settings), "the model"))
-        if only_samples and source == "scratch":
-            fineweb.print0("warning: an untrained model: --init_from or --resume loads weights")
         if only_samples:
+            if source == "scratch":
+                fineweb.print0("warning: an untrained model: --init_from or --resume loads weights")
             dtype = pick_dtype(settings.dtype, device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 print_samples(model.to(device), settings)
@@ -1545,7 +1544,7 @@ def main(argv=None):
                 text = "no edu_fineweb10B/ (python fineweb.py makes it): input.txt is used"
             fineweb.print0(f"{text}, with settings for a small one (see the end of --help)")
         with closing(Run(asked)) as run:
-            train(model, settings, run, checkpoint)
+            train(model, settings, device, run, checkpoint)
 
 
 if __name__ == "__main__":

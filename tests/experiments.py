@@ -11,7 +11,7 @@ same command continues. It ends with a table in Markdown.
 
 The model is nanoGPT's for a laptop: 4 blocks of 128 channels, a context of 64, and the characters of Shakespeare
 instead of GPT-2's tokens. With 50,257 tokens, two minutes are too short: the model has then learned which tokens are
-frequent, and which ones follow each other, but its attention does little yet (without the mask, the loss is the same).
+frequent, and which ones follow each other, but its attention does little yet (without the mask, the loss is no higher).
 """
 
 import argparse

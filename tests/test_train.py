@@ -662,7 +662,9 @@ def test_a_run_says_when_it_samples_and_how_to_sample_again(train, tmp_path, mon
     command = out.splitlines()[-1].removeprefix("to sample from it: ")
     program, script, *flags = shlex.split(command)
     assert (program, Path(script)) == ("python", ROOT / "train_gpt2.py")
-    assert flags[:2] == ["--init_from=log/model_00002.pt", "--max_steps=0"]
+    own = ["--device=cpu", "--dtype=float32", "--num_samples=2", "--max_new_tokens=4"]
+    own += ["--temperature=0.5", "--top_k=9", "--seed=7", "--prompt=O Romeo"]
+    assert flags == ["--init_from=log/model_00002.pt", "--max_steps=0", *own]
     train_gpt2.main(flags)
     again = capsys.readouterr().out.splitlines()[1:]
     assert len(again) == 2
@@ -830,6 +832,7 @@ def test_wrong_setting_is_refused_in_one_line(train, flags, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
+        ("--max_step=5", "unrecognized arguments: --max_step=5"),
         ("--out_dir=x", "unrecognized arguments: --out_dir=x (did you mean --log_dir?)"),
         ("--max-steps=5", "unrecognized arguments: --max-steps=5 (did you mean --max_steps or "),
         ("--zzz", "unrecognized arguments: --zzz (--help lists the flags)"),
